@@ -1,0 +1,173 @@
+"""Weights and resume points on disk, written so that a crash never costs what was there before.
+
+- `out/<weight>_<hidden>.pth`: a bare float32 state dict with Hugging Face's names; beside it
+  `<same>.json` with the config, the tokenizer, the lineage of stages and the metrics.
+- `checkpoints/<weight>_<hidden>_resume.pth`: all that the next step depends on.
+
+Everything is read with `weights_only=True`: a file can hold numbers, not code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from minimind.config import ModelConfig
+from minimind.errors import UserError
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: into a neighbour first, which then takes its name.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; an older file stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps "no space left" in RuntimeError
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"Could not write {path}: {error}. What was there before is unharmed. Free some space "
+            "or choose another out_dir."
+        ) from error
+
+
+def weight_path(out_dir: str | Path, weight: str, hidden_size: int) -> Path:
+    """Return `<out_dir>/<weight>_<hidden>.pth`."""
+    return Path(out_dir) / f"{weight}_{hidden_size}.pth"
+
+
+def save_weight(
+    path: Path, model: MiniMind, tokenizer: Tokenizer, stages: list[dict], metrics: dict
+) -> None:
+    """Write the state dict and its sidecar json."""
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    sidecar = {
+        "config": model.config.to_dict(),
+        "stages": stages,
+        "metrics": metrics,
+        "tokenizer": json.loads(tokenizer.to_json()),
+    }
+    text = json.dumps(sidecar, ensure_ascii=False, indent=1)
+    write_atomically(path, lambda file: torch.save(state, file))
+    write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def read_tensors(path: Path) -> dict:
+    """Return what `torch.save` wrote, numbers only. UserError if the file is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds: zip, pickle, EOF, runtime
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {reason}). It is cut off or not a "
+            "checkpoint of numbers. Train that stage again, or copy the file again."
+        ) from error
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """Copy a state dict into a model; every key must fit.
+
+    Raises:
+        UserError: missing, unexpected or wrong-shaped keys; the first of each are named.
+    """
+    wanted = model.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    unexpected = sorted(state.keys() - wanted.keys())
+    misshapen = [
+        f"{name} is {tuple(state[name].shape)} in the file and {tuple(wanted[name].shape)} in the model"
+        for name in wanted.keys() & state.keys()
+        if wanted[name].shape != state[name].shape
+    ]
+    faults = [
+        f"{len(names)} {what} (such as {names[0]})"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", sorted(misshapen)),
+        )
+        if names
+    ]
+    if faults:
+        raise UserError(
+            f"{source} does not fit the model: weights {'; '.join(faults)}. Give the config that "
+            "it was trained with (hidden_size, num_hidden_layers, …)."
+        )
+    model.load_state_dict(state)
+
+
+def load_sidecar(path: Path) -> dict:
+    """Return the json beside a weight. UserError if it is missing or damaged."""
+    file = path.with_suffix(".json")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} needs its config and tokenizer in {file}, which cannot be read ({error}). "
+            "Copy both files together."
+        ) from error
+
+
+def find_weight(weight: str, out_dir: str | Path = "out") -> Path:
+    """Return the file of a weight given by name ("full_sft") or by path.
+
+    Raises:
+        UserError: there is none, or several sizes of it; what there is is listed.
+    """
+    if weight.endswith(".pth") and Path(weight).is_file():
+        return Path(weight)
+    found = [
+        p
+        for p in sorted(Path(out_dir).glob("*.pth"))
+        if p.stem.rpartition("_")[0] == weight or p.stem == weight
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = ", ".join(str(p) for p in found)
+        raise UserError(f"There are several weights {weight!r}: {names}. Give the path of one.")
+    there = ", ".join(p.stem for p in sorted(Path(out_dir).glob("*.pth"))) or "none"
+    raise UserError(
+        f"There is no weight {weight!r} in {out_dir}/ (there: {there}). {how_to_make(weight, out_dir)}"
+    )
+
+
+STAGE_OF_WEIGHT = {"pretrain": "pretrain", "full_sft": "sft"}
+
+
+def how_to_make(weight: str, out_dir: str | Path) -> str:
+    """Return the sentence with the command that trains a weight."""
+    stage = STAGE_OF_WEIGHT.get(weight)
+    if stage is None:
+        return f"Weights of the stages are called {', '.join(STAGE_OF_WEIGHT)}."
+    folder = Path(out_dir)
+    preset = f" --preset {folder.name}" if folder.name in ("course", "tiny") else ""
+    place = "" if preset or folder == Path("out") else f" --out_dir {out_dir}"
+    return f"Make it with: minimind {stage}{preset}{place}"
+
+
+def load(weight: str, out_dir: str | Path = "out") -> tuple[MiniMind, Tokenizer]:
+    """Return the model (in eval mode) and the tokenizer of a weight, by name or path.
+
+    Raises:
+        UserError: no such weight, a damaged file, or one that does not fit its config.
+    """
+    path = find_weight(str(weight), out_dir)
+    sidecar = load_sidecar(path)
+    model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
+    load_state(model, read_tensors(path), path)
+    return model.eval(), Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))

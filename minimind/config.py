@@ -1,0 +1,249 @@
+"""What can be set: the shape of the model, the settings of every stage, and the three presets.
+
+- `tiny` finishes a stage in seconds and proves that the code runs (tests).
+- `course` gives the notebooks their results on a 2-core CPU in minutes.
+- `full` is the guide's table: a 26M model, real corpora, a GPU. It is the dataclass defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from minimind.errors import UserError, bad_value
+
+
+def round_up(value: float, multiple: int = 64) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return int(-(-value // multiple) * multiple)
+
+
+@dataclass
+class ModelConfig:
+    """Shape of a decoder-only transformer, in the words of Hugging Face's configs.
+
+    The default is MiniMind's 25,829,888-parameter model and equals `LlamaForCausalLM`; with
+    `qk_norm` it equals `Qwen3ForCausalLM`, with `qk_norm` and `use_moe` `Qwen3MoeForCausalLM`.
+
+    Attributes:
+        head_dim: size of one head; default `hidden_size // num_attention_heads`.
+        intermediate_size: width of the feed-forward; default 8/3 of hidden, rounded up to 64.
+        rope_scaling: `{"rope_type": "yarn", "factor": 4.0,
+            "original_max_position_embeddings": 2048}` stretches RoPE to longer texts
+            (YaRN, arXiv 2309.00071); None leaves it as trained.
+        router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts.
+    """
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rope_scaling: dict | None = None
+    rms_norm_eps: float = 1e-5
+    dropout: float = 0.0
+    tie_word_embeddings: bool = True
+    qk_norm: bool = False
+    use_moe: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            self._must_divide("hidden_size", "num_attention_heads")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self._must_divide("num_attention_heads", "num_key_value_heads")
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} is odd; RoPE turns pairs. Make it even.")
+        self.intermediate_size = self.intermediate_size or round_up(8 / 3 * self.hidden_size)
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
+                f"num_experts={self.num_experts}."
+            )
+
+    def _must_divide(self, whole: str, part: str) -> None:
+        a, b = getattr(self, whole), getattr(self, part)
+        if b < 1 or a % b:
+            raise UserError(f"{whole}={a} is not a multiple of {part}={b}. Change one of the two.")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ModelConfig:
+        """Build a config from a sidecar's dict; an unknown key is an error with near misses."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise bad_value("model setting", key, known)
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """Return the settings as a dict that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass
+class TrainConfig:
+    """Settings that every stage shares: the guide's flags, under the guide's names.
+
+    Attributes:
+        epochs: passes over the data; may be a fraction.
+        batch_size: rows (or packed blocks) in one forward pass.
+        accumulation_steps: forward passes per optimizer step.
+        learning_rate: peak; it falls along a cosine to a tenth of it.
+        warmup_steps: steps of linear warm-up before the cosine.
+        max_seq_len: longest row in tokens; longer ones are cut.
+        grad_clip: largest norm of the gradient; 0 leaves it alone.
+        dtype: float32, bfloat16 or float16 autocast; "auto" takes bfloat16 where the hardware
+            has it. Weights and optimizer are float32 in every case.
+        device: "auto" takes a CUDA GPU if there is one, else the CPU.
+        from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
+        save_weight: the name under which the trained weight is saved.
+        from_resume: 1 continues from this stage's resume point if there is one.
+        save_interval: steps between two resume points.
+        log_interval: steps between two rows of the log.
+        eval_interval: steps between two measurements of the held-out loss; 0: none.
+        eval_data_path: held-out rows in the format of data_path.
+        out_dir: folder of the weights. Resume points go to `checkpoints` if it is `out`, else
+            to `<out_dir>/checkpoints`.
+    """
+
+    data_path: str = ""
+    eval_data_path: str = ""
+    tokenizer_path: str = "data_samples/tokenizer.json"
+    out_dir: str = "out"
+    from_weight: str = "none"
+    save_weight: str = ""
+    epochs: float = 1
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    learning_rate: float = 5e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.999
+    grad_clip: float = 1.0
+    max_seq_len: int = 340
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    seed: int = 42
+    from_resume: int = 0
+    save_interval: int = 100
+    log_interval: int = 10
+    eval_interval: int = 0
+    use_wandb: bool = False
+    wandb_project: str = "MiniMind"
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    rope_theta: float = 1e6
+    qk_norm: bool = False
+    use_moe: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation_steps", "learning_rate", "log_interval",
+                     "save_interval", "hidden_size", "num_hidden_layers"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.max_seq_len < 2:
+            raise UserError(
+                f"max_seq_len={self.max_seq_len} must be at least 2: a token predicts the next."
+            )
+        if self.dtype not in DTYPES:
+            raise bad_value("dtype", self.dtype, DTYPES)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of the resume points."""
+        out = Path(self.out_dir)
+        return Path("checkpoints") if out == Path("out") else out / "checkpoints"
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class PretrainConfig(TrainConfig):
+    """Pretraining: next-token prediction on plain text."""
+
+    data_path: str = "dataset/pretrain_hq.jsonl"
+    save_weight: str = "pretrain"
+    accumulation_steps: int = 8
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning: loss on the assistant's tokens only."""
+
+    data_path: str = "dataset/sft_mini_512.jsonl"
+    from_weight: str = "pretrain"
+    save_weight: str = "full_sft"
+    epochs: float = 2
+    batch_size: int = 16
+    learning_rate: float = 5e-7
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
+
+# What `course` and `tiny` change for every stage, then for each stage.
+_SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
+_COURSE = dict(
+    _SMALL_MODEL, out_dir="out/course", hidden_size=128, num_hidden_layers=4, adam_beta2=0.99,
+    batch_size=16, max_seq_len=256, warmup_steps=30,
+)  # fmt: skip
+_TINY = dict(
+    _SMALL_MODEL, out_dir="out/tiny", hidden_size=64, num_hidden_layers=2, batch_size=8,
+    max_seq_len=128, warmup_steps=5, log_interval=2, save_interval=20, dtype="float32",
+)  # fmt: skip
+PRESETS: dict[str, dict[str, dict]] = {
+    "full": {},
+    "course": {
+        "pretrain": dict(_COURSE, learning_rate=3e-3, accumulation_steps=1, epochs=2),
+        "sft": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
+    },
+    "tiny": {
+        "pretrain": dict(_TINY, learning_rate=3e-3, accumulation_steps=1, epochs=0.05),
+        "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
+    },
+}
+
+
+def data_samples(name: str = "") -> Path:
+    """Return the path of a file of the built-in data, wherever the course is installed."""
+    return Path(__file__).resolve().parent.parent / "data_samples" / name
+
+
+def stage_config(stage: str, preset: str = "full", **settings: object) -> TrainConfig:
+    """Return the settings of a stage: the preset's, overridden by `settings`.
+
+    Raises:
+        UserError: unknown stage, preset or setting; near misses are listed.
+    """
+    if stage not in CONFIGS:
+        raise bad_value("stage", stage, CONFIGS)
+    if preset not in PRESETS:
+        raise bad_value("preset", preset, PRESETS)
+    known = [field.name for field in fields(CONFIGS[stage])]
+    for name in settings:
+        if name not in known:
+            raise bad_value("setting", name, known, where=f"of the stage {stage!r}")
+    return CONFIGS[stage](**{**preset_settings(stage, preset), **settings})
+
+
+def preset_settings(stage: str, preset: str) -> dict:
+    """Return what a preset changes; the small presets run on the built-in data."""
+    if preset == "full":
+        return {"tokenizer_path": str(data_samples("tokenizer.json"))}
+    data = {
+        "data_path": str(data_samples(f"{stage}.jsonl")),
+        "eval_data_path": str(data_samples(f"{stage}_heldout.jsonl")),
+        "tokenizer_path": str(data_samples("tokenizer.json")),
+    }
+    return {**data, **PRESETS[preset][stage]}

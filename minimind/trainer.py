@@ -1,0 +1,349 @@
+"""The one training loop, for every stage.
+
+A run is a pure function of its settings: step s uses batches s·k … s·k+k-1 of a stream that can be
+sought, and a learning rate that depends on s alone. So a resume point needs only the weights, the
+optimizer, the step and the random states, and a resumed run is bit-identical to an unbroken one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from math import ceil, cos, isfinite, pi
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from minimind.checkpoint import (
+    find_weight,
+    how_to_make,
+    load_sidecar,
+    load_state,
+    read_tensors,
+    save_weight,
+    weight_path,
+    write_atomically,
+)
+from minimind.config import ModelConfig, TrainConfig, stage_config
+from minimind.data import Batch, Batches
+from minimind.errors import UserError
+from minimind.model import MiniMind
+from minimind.stages import STAGES
+from minimind.stages.task import Task
+from minimind.tokenizer import Tokenizer
+from minimind.tracking import Row, start_trackers
+
+Callback = Callable[[int, MiniMind], None]
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves: `history` has one row per logged step, `metrics` the last figures."""
+
+    history: list[Row]
+    metrics: dict[str, float]
+    weight_path: Path
+    model: MiniMind
+    tokenizer: Tokenizer
+
+
+@dataclass
+class Run:
+    """The state of a run: everything the next step depends on, and what it has logged."""
+
+    model: MiniMind
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    history: list[Row] = field(default_factory=list)
+
+
+def train(
+    stage: str, preset: str = "full", callback: Callback | None = None, **settings: object
+) -> TrainResult:
+    """Train one stage and save its weight.
+
+    Args:
+        stage: "pretrain" or "sft".
+        preset: "tiny", "course" or "full".
+        callback: called as `callback(step, model)` before the first step and after every step;
+            for measurements along the way.
+        settings: any field of the stage's config, such as `epochs=2, learning_rate=1e-3`.
+
+    Raises:
+        UserError: an unknown name, data or a weight that does not fit, a loss that is not finite.
+    """
+    return train_config(stage, stage_config(stage, preset, **settings), callback)
+
+
+def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
+    """Train one stage from a complete config; `train` is this with a preset."""
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    model, tokenizer, lineage = starting_point(config)
+    task = STAGES[stage](config, tokenizer)
+    batches = Batches(task.train, config.batch_size, config.seed, task.collate, task.lengths)
+    run = Run(model.to(device).train(), make_optimizer(model, config), make_scaler(config, device))
+
+    name = f"{config.save_weight}_{model.config.hidden_size}"
+    resume_path = config.checkpoint_dir / f"{name}_resume.pth"
+    if config.from_resume and resume_path.exists():
+        restore(run, resume_path, config)
+
+    started = time.monotonic()
+    fit(run, task, batches, config, name, resume_path, callback)
+    metrics = final_metrics(run, task, config, time.monotonic() - started)
+
+    path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
+    lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
+    save_weight(path, model, tokenizer, lineage, metrics)
+    return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
+
+
+def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, resume_path: Path,
+        callback: Callback | None = None) -> None:  # fmt: skip
+    """Take all steps that are left; log, measure and write resume points on the way."""
+    total_batches = max(1, ceil(config.epochs * batches.per_epoch))
+    k = config.accumulation_steps
+    total_steps = ceil(total_batches / k)
+    trackers = start_trackers(config, name, run.history)
+    progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0)
+    tokens, since = 0, time.monotonic()
+    if callback and run.step == 0:
+        callback(0, run.model)
+
+    while run.step < total_steps:
+        group = [batches[m] for m in range(run.step * k, min((run.step + 1) * k, total_batches))]
+        lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
+        loss, grad_norm = optimizer_step(run, group, task, lr, config)
+        run.step += 1
+        progress.update()
+        tokens += sum(batch["input_ids"].numel() for batch in group)
+
+        last = run.step == total_steps
+        if run.step % config.log_interval == 0 or last or run.step == 1:
+            row = {"step": run.step, "total_steps": total_steps, "loss": check_finite(loss, run.step),
+                   "lr": lr, "grad_norm": float(grad_norm)}  # fmt: skip
+            if config.eval_interval and (
+                run.step % config.eval_interval == 0 or last or run.step == 1
+            ):
+                row["heldout_loss"] = heldout_loss(run.model, task, config)
+            row["tokens_per_second"] = round(tokens / (time.monotonic() - since))
+            run.history.append(row)
+            for log in trackers:
+                log(row)
+            progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
+            tokens, since = 0, time.monotonic()
+        if callback:
+            callback(run.step, run.model)
+        if run.step % config.save_interval == 0 or last:
+            save_resume(run, resume_path, config)
+    progress.close()
+
+
+def optimizer_step(
+    run: Run, group: list[Batch], task: Task, lr: float, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """One step on a group of batches; return the loss over all of them and the gradient's norm.
+
+    Each batch's mean loss is weighted by its share of what is counted in the whole group.
+    """
+    device = run.model.device
+    total = max(1, sum(task.count(batch) for batch in group))
+    loss_sum = torch.zeros((), device=device)
+    for batch in group:
+        share = task.count(batch) / total
+        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with autocast(config, device):
+            loss = task.loss(run.model, on_device) * share
+        run.scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+
+    for parameters in run.optimizer.param_groups:
+        parameters["lr"] = lr
+    run.scaler.unscale_(run.optimizer)
+    limit = config.grad_clip or float("inf")
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return loss_sum, grad_norm
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
+    """peak·(0.1 + 0.45·(1 + cos(π·step/total_steps))), times a linear warm-up.
+
+    Starts at `peak` (or at peak/warmup_steps), ends at a tenth of it.
+    """
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return peak * warmup * (0.1 + 0.45 * (1 + cos(pi * step / total_steps)))
+
+
+def check_finite(loss: Tensor, step: int) -> float:
+    """Return the loss as a number. UserError if it is NaN or infinite."""
+    value = float(loss)
+    if not isfinite(value):
+        raise UserError(
+            f"The loss of step {step} is {value}. Lower learning_rate, keep grad_clip at 1, or use "
+            "dtype=float32. The last resume point is from before."
+        )
+    return value
+
+
+@torch.no_grad()
+def heldout_loss(model: MiniMind, task: Task, config: TrainConfig, limit: int = 16) -> float:
+    """Mean loss over (at most `limit` batches of) the held-out examples."""
+    was_training = model.training
+    model.eval()
+    loss_sum = counted = 0.0
+    size = config.batch_size
+    for start in range(0, min(len(task.heldout), limit * size), size):
+        examples = [task.heldout[i] for i in range(start, min(start + size, len(task.heldout)))]
+        batch = {name: tensor.to(model.device) for name, tensor in task.collate(examples).items()}
+        count = task.count(batch)
+        with autocast(config, model.device):
+            loss_sum += float(task.loss(model, batch)) * count
+        counted += count
+    model.train(was_training)
+    return loss_sum / max(counted, 1)
+
+
+def final_metrics(run: Run, task: Task, config: TrainConfig, seconds: float) -> dict[str, float]:
+    """Return the figures that are stored with the weight."""
+    metrics = {"loss": run.history[-1]["loss"], "seconds": round(seconds, 1), "steps": run.step}
+    if len(task.heldout):
+        metrics["heldout_loss"] = heldout_loss(run.model, task, config)
+    return metrics
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; "auto" is CUDA if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device={name!r} cannot be used here ({str(error).splitlines()[0]}). Try cpu."
+        ) from error
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products; "auto" is bfloat16 where the hardware computes in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        else torch.float32
+    )
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
+    """Return the context in which matrix products run in the chosen dtype; weights stay float32."""
+    dtype = pick_dtype(config.dtype, device)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def make_optimizer(model: MiniMind, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); norms and other vectors are not decayed."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True
+    )
+
+
+def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """Scale the loss so that float16 gradients do not vanish; does nothing in other dtypes."""
+    return torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+
+def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
+    """Return the model to train, its tokenizer, and the stages it has been through."""
+    if config.from_weight == "none":
+        tokenizer = Tokenizer.load(config.tokenizer_path)
+        return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
+    path = Path(config.from_weight)
+    if path.suffix != ".pth":
+        path = weight_path(config.out_dir, config.from_weight, config.hidden_size)
+        if not path.is_file():
+            raise UserError(
+                f"There is no weight {path} to start from. {how_to_make(config.from_weight, config.out_dir)}"
+            )
+    path = find_weight(str(path))
+    sidecar = load_sidecar(path)
+    tokenizer = Tokenizer.from_json(__import__("json").dumps(sidecar["tokenizer"]))
+    model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
+    check_shape(model.config, config, path)
+    load_state(model, read_tensors(path), path)
+    return model, tokenizer, sidecar["stages"]
+
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_theta",
+         "qk_norm", "use_moe")  # fmt: skip
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """Return the model's config from the settings of a stage."""
+    shape = {name: getattr(config, name) for name in SHAPE}
+    return ModelConfig(**{**shape, "use_moe": bool(config.use_moe)}, vocab_size=vocab_size)
+
+
+def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
+    """UserError if the settings ask for another shape than the weight they start from has."""
+    wrong = [f"{n}={getattr(config, n)} (the weight has {getattr(model, n)})" for n in SHAPE
+             if getattr(config, n) != getattr(model, n)]  # fmt: skip
+    if wrong:
+        raise UserError(
+            f"{path} does not fit: {', '.join(wrong)}. Give the weight's own values or another from_weight."
+        )
+
+
+# Settings that may differ between the two halves of a run without changing its outcome.
+_FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "use_wandb",
+                   "wandb_project"}  # fmt: skip
+
+
+def save_resume(run: Run, path: Path, config: TrainConfig) -> None:
+    """Write the resume point: float32 weights, optimizer, step, random states, log."""
+    point = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "step": run.step,
+        "history": run.history,
+        "settings": asdict(config),
+        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+    }
+    write_atomically(path, lambda file: torch.save(point, file))
+
+
+def restore(run: Run, path: Path, config: TrainConfig) -> None:
+    """Put a run back to its resume point. UserError if that belongs to other settings."""
+    point = read_tensors(path)
+    changed = [f"{name} was {point['settings'].get(name)!r} and is {value!r}"
+               for name, value in asdict(config).items()
+               if name not in _FREE_TO_CHANGE and point["settings"].get(name) != value]  # fmt: skip
+    if changed:
+        raise UserError(
+            f"{path} belongs to a run with other settings: {'; '.join(changed)}. Give the same "
+            "settings, or from_resume=0 to start anew."
+        )
+    load_state(run.model, point["model"], path)
+    run.optimizer.load_state_dict(point["optimizer"])
+    run.scaler.load_state_dict(point["scaler"])
+    run.step, run.history = point["step"], point["history"]
+    torch.set_rng_state(point["random"]["cpu"])
+    if point["random"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(point["random"]["cuda"])
