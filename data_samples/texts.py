@@ -1,0 +1,155 @@
+"""Documents for pretraining: each function writes one document of its kind.
+
+Kinds are mixed so that most of what can be predicted needs more than a few words of context: facts
+that hang on a name, stories that come back to their objects, lists that are read back, results
+that must be computed. Random choices that nothing predicts are kept rare.
+"""
+
+from __future__ import annotations
+
+import random
+
+from world import CHINESE, ITEMS, PEOPLE, PLACES, Entity, draw_chain, draw_list, draw_pair, draw_sum
+
+FACT = "The {attribute} of {name} is {value}."  # the one form that answers use too
+PERSON_FORMS = {
+    "job": ["{name} works as a {value}.", "People pay {name} for being a {value}.",
+            "All day long {name} is busy as a {value}."],
+    "town": ["{name} lives in {value}.", "The house of {name} stands in {value}.",
+             "You can visit {name} in {value}."],
+    "pet": ["{name} keeps a {value}.", "At home {name} feeds a {value}.",
+            "The animal next to {name} is always a {value}."],
+    "food": ["{name} loves to eat {value}.", "For supper {name} asks for {value}.",
+             "Nothing makes {name} as happy as {value}."],
+    "hobby": ["On free days {name} enjoys {value}.", "{name} is very good at {value}.",
+              "After work {name} thinks only of {value}."],
+}  # fmt: skip
+PLACE_FORMS = {
+    "river": ["{name} lies on the river {value}.", "The water in {name} comes from the {value}."],
+    "gate": ["You enter {name} through a {value} gate.", "The gate in {name} is painted {value}."],
+    "pride": ["{name} is known for its {value}.", "Visitors come to {name} to see the {value}."],
+    "season": ["{name} is loveliest in {value}.", "The great feast in {name} is held in {value}."],
+}
+CHINESE_FACT = "{name}的{attribute}是{value}。"
+CHINESE_FORMS = {
+    "工作": "{name}每天当{value}。",
+    "宠物": "{name}家里养{value}。",
+    "爱好": "{name}最喜欢{value}。",
+}
+ADJECTIVES = "round small shiny heavy broken lost tiny strange pretty dusty".split()
+SPOTS = "well bridge tree wall barn mill pond shop inn church".split()
+
+
+def describe(random_: random.Random, entity: Entity, forms: dict[str, list[str]], facts: int) -> str:
+    """Write `facts` facts about one entity in random order, half of them in the canonical form."""
+    sentences = []
+    for attribute in random_.sample(sorted(entity.facts), facts):
+        form = FACT if random_.random() < 0.5 else random_.choice(forms[attribute])
+        sentences.append(
+            form.format(name=entity.name, attribute=attribute, value=entity.facts[attribute])
+        )
+    return " ".join(sentences)
+
+
+def biography(random_: random.Random) -> str:
+    """Three to five facts about a person."""
+    return describe(random_, random_.choice(PEOPLE), PERSON_FORMS, random_.randint(3, 5))
+
+
+def town(random_: random.Random) -> str:
+    """Three or four facts about a town."""
+    return describe(random_, random_.choice(PLACES), PLACE_FORMS, random_.randint(3, 4))
+
+
+def story(random_: random.Random) -> str:
+    """Somebody finds a thing, brings it to its owner at home, and it is put away and found again.
+
+    The owner's town is the true one; the names, the thing and the hiding place return.
+    """
+    finder, owner, guest = random_.sample(PEOPLE, 3)
+    thing, box = random_.sample(ITEMS, 2)
+    adjective, spot = random_.choice(ADJECTIVES), random_.choice(SPOTS)
+    a, b, c, home = finder.name, owner.name, guest.name, owner.facts["town"]
+    start = random_.choice(
+        [f"{a} found a {adjective} {thing} by the {spot}.",
+         f"By the {spot} {a} saw a {adjective} {thing}."]
+    )  # fmt: skip
+    middle = random_.choice(
+        [f"The {thing} belonged to {b}, so {a} went to {home} to bring it back.",
+         f"{a} took the {adjective} {thing} to {b}, who lives in {home}."]
+    )  # fmt: skip
+    thanks = random_.choice(
+        [f"{b} thanked {a} and hid the {thing} behind the {box}.",
+         f"{b} was glad, gave {a} some {owner.facts['food']}, and laid the {thing} behind the {box}."]
+    )  # fmt: skip
+    end = random_.choice(
+        [f'Then {c} came and asked: "Where is the {thing}?" {b} said: "Behind the {box}."',
+         f"Later {c} looked for the {adjective} {thing} and found it behind the {box}.",
+         f"So the {thing} that {a} found by the {spot} is now behind the {box}."]
+    )  # fmt: skip
+    return " ".join([start, middle, thanks, end])
+
+
+def arithmetic(random_: random.Random) -> str:
+    """Six to nine sums and differences with their results."""
+    problems = (draw_sum(random_) for _ in range(random_.randint(6, 9)))
+    return " ".join(f"{a}{sign}{b}={result}." for a, sign, b, result in problems)
+
+
+def word_problem(random_: random.Random) -> str:
+    """A sum told with things."""
+    a, b = draw_pair(random_)
+    name, thing = random_.choice(PEOPLE).name, random_.choice(ITEMS)
+    return (
+        f"The {thing} count of {name} is {a}. {name} gets {b} more. "
+        f"{a}+{b}={a + b}. Now the {thing} count of {name} is {a + b}."
+    )
+
+
+def reading_back(random_: random.Random) -> str:
+    """Two lists, each read back whole, from either end, or by its ends."""
+    lines = []
+    for _ in range(2):
+        items = draw_list(random_)
+        line = f"List: {', '.join(items)}. "
+        line += random_.choice(
+            [f"The list is {', '.join(items)}.", f"The list is {', '.join(items)}.",
+             f"The first is {items[0]}. The last is {items[-1]}.",
+             f"The last is {items[-1]}. The first is {items[0]}.",
+             f"Backwards the list is {', '.join(reversed(items))}."]
+        )  # fmt: skip
+        lines.append(line)
+    return " ".join(lines)
+
+
+def chain(random_: random.Random) -> str:
+    """A chain of two to four operations, worked step by step."""
+    worked = draw_chain(random_, random_.choice([2, 3, 3, 4]))
+    return f"Chain: {worked.problem} Steps: {worked.steps} Result: {worked.result}"
+
+
+def chinese(random_: random.Random) -> str:
+    """Facts about a Chinese person, in Chinese, sometimes with a few sums."""
+    if random_.random() < 0.2:
+        pairs = [draw_pair(random_) for _ in range(4)]
+        return "".join(f"{a}加{b}等于{a + b}。" for a, b in pairs)
+    sentences = []
+    for person in random_.sample(CHINESE, 2):
+        for attribute in random_.sample(sorted(person.facts), 2):
+            form = CHINESE_FACT if random_.random() < 0.6 else CHINESE_FORMS[attribute]
+            value = person.facts[attribute]
+            sentences.append(form.format(name=person.name, attribute=attribute, value=value))
+    return "".join(sentences)
+
+
+# The share of each kind among the documents.
+KINDS = {
+    "biography": (biography, 46), "town": (town, 9), "story": (story, 10), "arithmetic": (arithmetic, 9),
+    "word problem": (word_problem, 3), "list": (reading_back, 9), "chain": (chain, 9), "chinese": (chinese, 5),
+}  # fmt: skip
+
+
+def document(random_: random.Random) -> tuple[str, str]:
+    """Write one document of a random kind; return (kind, text)."""
+    kind = random_.choices(list(KINDS), [share for _, share in KINDS.values()])[0]
+    return kind, KINDS[kind][0](random_)
