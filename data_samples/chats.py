@@ -55,10 +55,15 @@ def never_asked(entity: Entity, attribute: str) -> bool:
     return held_out(f"question {entity.name} {attribute}", percent=18)
 
 
-def fact_pairs(entities: list[Entity], questions: list[str], fact: str, asked: bool | None = None) -> list[Pair]:
+def fact_pairs(
+    entities: list[Entity], questions: list[str], fact: str, asked: bool | None = None
+) -> list[Pair]:
     """Every question about every fact; `asked` keeps only those that chats do, or don't, ask."""
     return [
-        (question.format(name=e.name, attribute=a), fact.format(name=e.name, attribute=a, value=value))
+        (
+            question.format(name=e.name, attribute=a),
+            fact.format(name=e.name, attribute=a, value=value),
+        )
         for e in entities
         for a, value in e.facts.items()
         if asked is None or asked != never_asked(e, a)

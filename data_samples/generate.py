@@ -1,7 +1,7 @@
 """Write the built-in data. The same seed gives the same bytes.
 
-    python data_samples/generate.py              # beside this file
-    python data_samples/generate.py --out DIR    # elsewhere, to compare
+python data_samples/generate.py              # beside this file
+python data_samples/generate.py --out DIR    # elsewhere, to compare
 """
 
 from __future__ import annotations

@@ -36,15 +36,28 @@ CHINESE_FORMS = {
     "宠物": "{name}家里养{value}。",
     "爱好": "{name}最喜欢{value}。",
 }
-ADJECTIVES = "round small shiny heavy broken lost tiny strange pretty dusty".split()
-SPOTS = "well bridge tree wall barn mill pond shop inn church".split()
+ADJECTIVES = [
+    "round",
+    "small",
+    "shiny",
+    "heavy",
+    "broken",
+    "lost",
+    "tiny",
+    "strange",
+    "pretty",
+    "dusty",
+]
+SPOTS = ["well", "bridge", "tree", "wall", "barn", "mill", "pond", "shop", "inn", "church"]
 
 
-def describe(random_: random.Random, entity: Entity, forms: dict[str, list[str]], facts: int) -> str:
-    """Write `facts` facts about one entity in random order, half of them in the canonical form."""
+def describe(
+    random_: random.Random, entity: Entity, forms: dict[str, list[str]], facts: int
+) -> str:
+    """Write `facts` facts about one entity in random order, most of them in the canonical form."""
     sentences = []
     for attribute in random_.sample(sorted(entity.facts), facts):
-        form = FACT if random_.random() < 0.5 else random_.choice(forms[attribute])
+        form = FACT if random_.random() < 0.6 else random_.choice(forms[attribute])
         sentences.append(
             form.format(name=entity.name, attribute=attribute, value=entity.facts[attribute])
         )
@@ -91,8 +104,8 @@ def story(random_: random.Random) -> str:
 
 
 def arithmetic(random_: random.Random) -> str:
-    """Six to nine sums and differences with their results."""
-    problems = (draw_sum(random_) for _ in range(random_.randint(6, 9)))
+    """Five to seven sums and differences with their results."""
+    problems = (draw_sum(random_) for _ in range(random_.randint(5, 7)))
     return " ".join(f"{a}{sign}{b}={result}." for a, sign, b, result in problems)
 
 
@@ -144,8 +157,8 @@ def chinese(random_: random.Random) -> str:
 
 # The share of each kind among the documents.
 KINDS = {
-    "biography": (biography, 46), "town": (town, 9), "story": (story, 10), "arithmetic": (arithmetic, 9),
-    "word problem": (word_problem, 3), "list": (reading_back, 9), "chain": (chain, 9), "chinese": (chinese, 5),
+    "biography": (biography, 58), "town": (town, 10), "story": (story, 6), "arithmetic": (arithmetic, 5),
+    "word problem": (word_problem, 2), "list": (reading_back, 8), "chain": (chain, 7), "chinese": (chinese, 4),
 }  # fmt: skip
 
 

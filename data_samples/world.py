@@ -29,8 +29,53 @@ class Entity:
     facts: dict[str, str]
 
 
-ONSETS = "B D F G H J K L M N P R S T V W Z Br Cl Dr Fl Gr Pr St Tr".split()
-RHYMES = "abin adel akko alis emmo enna eron ifra ilda imon odan olla onek orin udi ulba umar unet".split()
+ONSETS = [
+    "B",
+    "D",
+    "F",
+    "G",
+    "H",
+    "J",
+    "K",
+    "L",
+    "M",
+    "N",
+    "P",
+    "R",
+    "S",
+    "T",
+    "V",
+    "W",
+    "Z",
+    "Br",
+    "Cl",
+    "Dr",
+    "Fl",
+    "Gr",
+    "Pr",
+    "St",
+    "Tr",
+]
+RHYMES = [
+    "abin",
+    "adel",
+    "akko",
+    "alis",
+    "emmo",
+    "enna",
+    "eron",
+    "ifra",
+    "ilda",
+    "imon",
+    "odan",
+    "olla",
+    "onek",
+    "orin",
+    "udi",
+    "ulba",
+    "umar",
+    "unet",
+]
 VALUES = {
     "job": "baker smith miller tailor nurse teacher sailor farmer potter weaver painter judge doctor "
     "singer hunter mason cook guard writer barber pilot shepherd",
@@ -41,12 +86,40 @@ VALUES = {
     "hobby": "chess fishing dancing drawing sailing reading running skating juggling knitting "
     "gardening singing climbing carving swimming cycling archery pottery kites puzzles",
 }
-TOWNS = (
-    "Alderford Birchmere Copperhill Dunwick Elmholm Fernley Glasswater Harrowgate Ironbridge Juniper "
-    "Kestrel Longmoor Maplewood Northcliff Oakham Pebblebay Quarryside Redcastle Saltmarsh Thornfield "
-    "Umberton Vinehall Westhaven Yarrow Zephyr Amberlea Brightwell Cinderpath Driftwood Eastmoor "
-    "Foxglove Greystone"
-).split()
+TOWNS = [
+    "Alderford",
+    "Birchmere",
+    "Copperhill",
+    "Dunwick",
+    "Elmholm",
+    "Fernley",
+    "Glasswater",
+    "Harrowgate",
+    "Ironbridge",
+    "Juniper",
+    "Kestrel",
+    "Longmoor",
+    "Maplewood",
+    "Northcliff",
+    "Oakham",
+    "Pebblebay",
+    "Quarryside",
+    "Redcastle",
+    "Saltmarsh",
+    "Thornfield",
+    "Umberton",
+    "Vinehall",
+    "Westhaven",
+    "Yarrow",
+    "Zephyr",
+    "Amberlea",
+    "Brightwell",
+    "Cinderpath",
+    "Driftwood",
+    "Eastmoor",
+    "Foxglove",
+    "Greystone",
+]
 TOWN_VALUES = {
     "river": "Lune Tamar Wye Esk Severn Avon Dart Nidd Ouse Tees Kent Rother Stour Trent Swale Arun",
     "gate": "red blue green white black golden silver brown purple yellow orange grey",
@@ -54,21 +127,107 @@ TOWN_VALUES = {
     "fountains orchards markets windmills",
     "season": "spring summer autumn winter",
 }
-CHINESE_NAMES = (
-    "小明 小红 大山 小龙 阿春 阿秋 小云 小海 大林 阿星 小月 小石 阿风 小雪 大江 阿田 "
-    "小梅 小兰 阿竹 小菊 大川 阿牛 小燕 小马 阿福 小安 大勇 阿平 小文 小武 阿金 小玉"
-).split()
+CHINESE_NAMES = [
+    "小明",
+    "小红",
+    "大山",
+    "小龙",
+    "阿春",
+    "阿秋",
+    "小云",
+    "小海",
+    "大林",
+    "阿星",
+    "小月",
+    "小石",
+    "阿风",
+    "小雪",
+    "大江",
+    "阿田",
+    "小梅",
+    "小兰",
+    "阿竹",
+    "小菊",
+    "大川",
+    "阿牛",
+    "小燕",
+    "小马",
+    "阿福",
+    "小安",
+    "大勇",
+    "阿平",
+    "小文",
+    "小武",
+    "阿金",
+    "小玉",
+]
 CHINESE_VALUES = {
     "工作": "木匠 医生 老师 农夫 渔夫 厨师 画家 歌手 司机 裁缝",
     "宠物": "小猫 小狗 白兔 乌龟 金鱼 山羊 黄牛 鹦鹉",
     "爱好": "下棋 跑步 游泳 唱歌 读书 钓鱼 画画 跳舞 爬山 写字",
 }
-ITEMS = (
-    "apple rope jar lamp coin drum key book shoe spoon candle ribbon bottle basket hammer pencil "
-    "blanket mirror needle whistle bucket ladder button feather marble pillow kettle saddle shell "
-    "anchor brush comb plate stone wheel bell glove ring scarf stick string towel torch vase cup "
-    "bowl nail hook flute kite tent sack leaf cork pipe tile chain crown doll fan"
-).split()
+ITEMS = [
+    "apple",
+    "rope",
+    "jar",
+    "lamp",
+    "coin",
+    "drum",
+    "key",
+    "book",
+    "shoe",
+    "spoon",
+    "candle",
+    "ribbon",
+    "bottle",
+    "basket",
+    "hammer",
+    "pencil",
+    "blanket",
+    "mirror",
+    "needle",
+    "whistle",
+    "bucket",
+    "ladder",
+    "button",
+    "feather",
+    "marble",
+    "pillow",
+    "kettle",
+    "saddle",
+    "shell",
+    "anchor",
+    "brush",
+    "comb",
+    "plate",
+    "stone",
+    "wheel",
+    "bell",
+    "glove",
+    "ring",
+    "scarf",
+    "stick",
+    "string",
+    "towel",
+    "torch",
+    "vase",
+    "cup",
+    "bowl",
+    "nail",
+    "hook",
+    "flute",
+    "kite",
+    "tent",
+    "sack",
+    "leaf",
+    "cork",
+    "pipe",
+    "tile",
+    "chain",
+    "crown",
+    "doll",
+    "fan",
+]
 
 
 def _draw(random_: random.Random, names: list[str], values: dict[str, str]) -> list[Entity]:

@@ -26,7 +26,9 @@ class NGram:
 
     def __init__(self, tokens: np.ndarray, vocab_size: int, order: int = 5) -> None:
         if vocab_size**order >= 2**64:
-            raise UserError(f"A {order}-gram over {vocab_size} tokens needs more than 64 bits. Lower the order.")
+            raise UserError(
+                f"A {order}-gram over {vocab_size} tokens needs more than 64 bits. Lower the order."
+            )
         self.vocab_size, self.order = vocab_size, order
         self.levels: list[tuple[np.ndarray, ...]] = []
         keys, counts = np.unique(self._keys(tokens, order), return_counts=True)
@@ -74,7 +76,9 @@ def _look_up(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.nda
     return np.where(keys[place] == wanted, values[place], 0)
 
 
-def text_baselines(train: Sequence[str], heldout: Sequence[str], tokenizer: Tokenizer) -> dict[str, float]:
+def text_baselines(
+    train: Sequence[str], heldout: Sequence[str], tokenizer: Tokenizer
+) -> dict[str, float]:
     """Return the bits per byte of held-out text under a unigram, a 5-gram and gzip."""
     end = [tokenizer.pad_id]
     stream = np.concatenate([np.array(end + ids) for ids in tokenizer.encode_batch(train)])
@@ -89,7 +93,9 @@ def text_baselines(train: Sequence[str], heldout: Sequence[str], tokenizer: Toke
     return scores
 
 
-def nearest_answers(train: Sequence[tuple[str, str]], questions: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+def nearest_answers(
+    train: Sequence[tuple[str, str]], questions: Sequence[str], tokenizer: Tokenizer
+) -> list[str]:
     """Answer each question with the answer to the most similar training question.
 
     Similar: the largest share of common tokens (Jaccard). It is what a lookup table can do.

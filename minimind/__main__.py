@@ -1,0 +1,5 @@
+"""`python -m minimind <command>` is `minimind <command>`."""
+
+from minimind.cli import main
+
+main()

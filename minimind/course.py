@@ -1,0 +1,196 @@
+"""The whole course in one go: every stage on the built-in data, and the report card.
+
+`out/course/report.json` holds the figures, `report.md` a readable page, `report.png` the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from minimind.baselines import nearest_answers, text_baselines
+from minimind.checkpoint import find_weight, load, write_atomically
+from minimind.config import CONFIGS, data_samples, stage_config
+from minimind.data import check_conversation, check_text, read_jsonl
+from minimind.errors import UserError
+from minimind.evaluate import MEASURES, Answer, most_common_answer, samples
+from minimind.generate import chat
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+from minimind.trainer import starting_point, train
+
+STAGES_IN_ORDER = tuple(CONFIGS)
+QUESTIONS = ("Hello!", "What is 47+8?", "List: drum, key, kite. What is last?")
+LIMIT_OF_TINY = (
+    24  # held-out examples per measure in the tiny preset, which only proves that it runs
+)
+
+
+def load_or_train(weight: str, preset: str = "course") -> tuple[MiniMind, Tokenizer]:
+    """Return the model and tokenizer of a stage's weight, training it (and what it needs) if absent.
+
+    Args:
+        weight: "pretrain" or "full_sft", the name under which a stage saves its weight.
+        preset: whose folder to look in.
+    """
+    for stage in STAGES_IN_ORDER:
+        config = stage_config(stage, preset)
+        if config.save_weight == weight:
+            break
+    else:
+        raise UserError(f"No stage saves a weight called {weight!r}.")
+    try:
+        find_weight(weight, config.out_dir)
+    except UserError:
+        if config.from_weight != "none":
+            load_or_train(config.from_weight, preset)
+        train(stage, preset)
+    return load(weight, config.out_dir)
+
+
+def course(preset: str = "course", seed: int = 42, out_dir: str | None = None) -> dict:
+    """Train every stage in order, measure each before and after, and write the report card.
+
+    Returns:
+        The report: `{"total_seconds", "stages": [{"stage", "seconds", "measures": {name: {"before",
+        "after", "baseline", "better", "held_out_examples"}}, "samples"}], "chat"}`.
+    """
+    out_dir = out_dir or stage_config("pretrain", preset).out_dir
+    started = time.monotonic()
+    report: dict = {"preset": preset, "seed": seed, "total_seconds": 0.0, "stages": []}
+    for stage in STAGES_IN_ORDER:
+        report["stages"].append(run_stage(stage, preset, seed, out_dir))
+    report["chat"] = sample_chat(out_dir)
+    report["total_seconds"] = round(time.monotonic() - started, 1)
+    write_report(report, Path(out_dir))
+    return report
+
+
+def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
+    """Measure, train, measure again; return the stage's part of the report."""
+    started = time.monotonic()
+    limit = LIMIT_OF_TINY if preset == "tiny" else None
+    config = stage_config(stage, preset, seed=seed, out_dir=out_dir)
+    model, tokenizer, _ = starting_point(config)
+    before, _ = MEASURES[stage](model, tokenizer, limit)
+    result = train(stage, preset, seed=seed, out_dir=out_dir)
+    after, found = MEASURES[stage](result.model, tokenizer, limit)
+    measures = {
+        name: {**asdict(measure), "before": before[name].value, "after": measure.value}
+        for name, measure in after.items()
+    }
+    BASELINES[stage](measures, found, tokenizer)
+    for measure in measures.values():
+        del measure["value"]
+    return {
+        "stage": stage,
+        "seconds": round(time.monotonic() - started, 1),
+        "training_seconds": result.metrics["seconds"],
+        "measures": measures,
+        "samples": samples(found),
+        "history": result.history,
+    }
+
+
+def pretrain_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer) -> None:
+    """Text: unigram, 5-gram and gzip (the 5-gram is the one to beat). Facts: the commonest answer."""
+    texts = {
+        name: [row["text"] for row in read_jsonl(data_samples(f"{name}.jsonl"), check_text)]
+        for name in ("pretrain", "pretrain_heldout")
+    }
+    heldout = texts["pretrain_heldout"][: measures["bits_per_byte"]["held_out_examples"]]
+    scores = text_baselines(texts["pretrain"], heldout, tokenizer)
+    measures["bits_per_byte"].update(baseline=scores["5-gram"], baselines=scores)
+    measures["facts_completed"]["baseline"] = most_common_answer(found)
+
+
+def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer) -> None:
+    """The answer to the most similar training question: what a lookup table would say."""
+    pairs = [
+        (question["content"], answer["content"])
+        for row in read_jsonl(data_samples("sft.jsonl"), check_conversation)
+        for question, answer in zip(row["conversations"], row["conversations"][1:], strict=False)
+        if answer["role"] == "assistant"
+    ]
+    looked_up = nearest_answers(pairs, [answer.question for answer in found], tokenizer)
+    for name, measure in measures.items():
+        kind = name.removeprefix("exact_match").lstrip("_")
+        right = [
+            guess == a.expected
+            for guess, a in zip(looked_up, found, strict=True)
+            if kind in ("", a.kind)
+        ]
+        measure["baseline"] = sum(right) / len(right)
+
+
+BASELINES = {"pretrain": pretrain_baselines, "sft": sft_baselines}
+
+
+def sample_chat(out_dir: str) -> list[dict]:
+    """Ask the last model a few things: small talk, a sum, a list, and a person it was never asked about."""
+    model, tokenizer = load("full_sft", out_dir)
+    unseen = next(
+        row for row in read_jsonl(data_samples("sft_heldout.jsonl"), check_conversation)
+        if row["kind"] == "person_unseen"
+    )  # fmt: skip
+    questions = [*QUESTIONS, unseen["conversations"][0]["content"]]
+    return [
+        {
+            "user": q,
+            "assistant": chat(
+                model, tokenizer, [{"role": "user", "content": q}], max_new_tokens=48
+            ),
+        }
+        for q in questions
+    ]
+
+
+def report_text(report: dict) -> str:
+    """Return the report card as Markdown: one table, samples, a chat."""
+    lines = [f"# Report card ({report['preset']} preset, seed {report['seed']})", "",
+             f"Whole course: {report['total_seconds']:.0f} s on this machine.", "",
+             "| stage | seconds | held-out measure | before | after | baseline | better | examples |",
+             "|---|--:|---|--:|--:|--:|---|--:|"]  # fmt: skip
+    for stage in report["stages"]:
+        for name, m in stage["measures"].items():
+            lines.append(
+                f"| {stage['stage']} | {stage['seconds']:.0f} | {name} | {m['before']:.3f} | **{m['after']:.3f}** "
+                f"| {m['baseline']:.3f} | {m['better']} | {m['held_out_examples']} |"
+            )
+    text = report["stages"][0]["measures"]["bits_per_byte"]
+    lines += ["", f"Bits per byte of held-out text: {text['after']:.3f}; "
+              + ", ".join(f"{name} {value:.3f}" for name, value in text["baselines"].items())
+              + f". That is {text['after'] / text['baseline']:.2f} of the 5-gram's.",
+              "Baselines: a 5-gram model for bits per byte, the commonest answer for facts, the answer "
+              "to the most similar training question for exact match."]  # fmt: skip
+    lines += ["", "![before and after](report.png)", "", "## Chat", ""]
+    lines += [f"> **{turn['user']}**  \n> {turn['assistant']}\n" for turn in report["chat"]]
+    for stage in report["stages"]:
+        lines += [f"## Samples of {stage['stage']}", ""]
+        lines += [
+            f"- {'✓' if s['right'] else '✗'} {s['question']} → {s['answer'].strip()}"
+            for s in stage["samples"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_report(report: dict, folder: Path) -> None:
+    """Write report.json, report.md and, where matplotlib is installed, report.png."""
+    files = {
+        "report.json": json.dumps(report, indent=1, ensure_ascii=False),
+        "report.md": report_text(report),
+    }
+    for name, text in files.items():
+        write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+    try:
+        from minimind.plots import before_after
+    except ImportError:
+        return
+    figure = before_after(report)
+    write_atomically(
+        folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120)
+    )
