@@ -82,8 +82,8 @@ def list_pair(random_: random.Random, reserved: bool = False) -> Pair:
     """A list and what is asked of it."""
     items = draw_list(random_, reserved)
     questions, answer = LIST_QUESTIONS[random_.choice(sorted(LIST_QUESTIONS))]
-    question = random_.choice(questions).format(items=", ".join(items))
-    return question, answer.format(whole=", ".join(items), first=items[0], last=items[-1])
+    question = random_.choice(questions).format(items=" ".join(items))
+    return question, answer.format(whole=" ".join(items), first=items[0], last=items[-1])
 
 
 def chinese_sum_pair(random_: random.Random, reserved: bool = False) -> Pair:
@@ -106,7 +106,7 @@ def training_chats(random_: random.Random) -> list[dict]:
     pairs = fact_pairs(in_chat(PEOPLE), FACT_QUESTIONS, FACT, asked=True)
     pairs += fact_pairs(in_chat(PLACES), FACT_QUESTIONS, FACT)
     pairs += fact_pairs(in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT) * 2
-    pairs += [sum_pair(random_) for _ in range(2000)]
+    pairs += [sum_pair(random_) for _ in range(1800)]
     pairs += [list_pair(random_) for _ in range(1500)]
     pairs += [chinese_sum_pair(random_) for _ in range(400)]
     pairs += SMALL_TALK * 20

@@ -265,9 +265,9 @@ def sum_is_held_out(a: int, b: int) -> bool:
 
 
 def draw_pair(random_: random.Random, reserved: bool = False) -> tuple[int, int]:
-    """Draw a in 0..99 and b in 0..9 from the training pairs, or from the reserved ones."""
+    """Draw a in 0..29 and b in 0..9 from the training pairs, or from the reserved ones."""
     while True:
-        a, b = random_.randrange(100), random_.randrange(10)
+        a, b = random_.randrange(30), random_.randrange(10)
         if sum_is_held_out(a, b) == reserved:
             return a, b
 

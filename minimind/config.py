@@ -196,7 +196,7 @@ CONFIGS: dict[str, type[TrainConfig]] = {"pretrain": PretrainConfig, "sft": SFTC
 _SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
 _COURSE = dict(
     _SMALL_MODEL, out_dir="out/course", hidden_size=128, num_hidden_layers=4, adam_beta2=0.99,
-    batch_size=16, max_seq_len=256, warmup_steps=30,
+    batch_size=24, max_seq_len=128, warmup_steps=30, weight_decay=0.1,
 )  # fmt: skip
 _TINY = dict(
     _SMALL_MODEL, out_dir="out/tiny", hidden_size=64, num_hidden_layers=2, batch_size=8,
@@ -205,7 +205,7 @@ _TINY = dict(
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
-        "pretrain": dict(_COURSE, learning_rate=3e-3, accumulation_steps=1, epochs=2),
+        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=2.2),
         "sft": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
     },
     "tiny": {

@@ -12,6 +12,7 @@ Left out on purpose: biases, learned positions, sliding windows, tensor parallel
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -289,7 +290,10 @@ class MiniMind(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.apply(_initialise)
+        std = 0.02 * math.sqrt(
+            512 / config.hidden_size
+        )  # Llama's 0.02 at its width, more if narrower
+        self.apply(partial(_initialise, std=std))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
@@ -313,6 +317,6 @@ class MiniMind(nn.Module):
         return self.lm_head.weight.device
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)

@@ -24,7 +24,9 @@ def small_model():
                     "num_key_value_heads": 2, **settings}  # fmt: skip
         model = MiniMind(ModelConfig(**settings)).eval()
         for parameter in model.parameters():
-            parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
+            parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(
+                0.5, 1.5
+            )
         return model
 
     return make

@@ -5,13 +5,15 @@ import random
 
 
 def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def texts(count=60, seed=0):
     rng = random.Random(seed)
-    words = "the job of pet town is a baker miller otter in and lives likes bread".split()
+    words = ["the", "job", "of", "pet", "town", "is", "a", "baker", "miller", "otter", "in", "and", "lives", "likes", "bread"]
     return [{"text": " ".join(rng.choices(words, k=rng.randint(5, 40)))} for _ in range(count)]
 
 

@@ -80,12 +80,16 @@ def test_a_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
 
 def test_useful_tokens_of_the_course(tokenizer):
     pretrain = stage_config("pretrain", "course")
-    assert (pretrain.max_seq_len - 1) / pretrain.max_seq_len >= 0.99  # labels per position; no padding
+    assert (
+        pretrain.max_seq_len - 1
+    ) / pretrain.max_seq_len >= 0.99  # labels per position; no padding
     sft = stage_config("sft", "course")
     lengths = STAGES["sft"](sft, tokenizer).lengths
     bucketed = useful_share(lengths, batch_order(lengths, sft.batch_size, seed=1))
     shuffled = np.random.default_rng(1).permutation(len(lengths))
-    plain = [shuffled[i : i + sft.batch_size].tolist() for i in range(0, len(lengths), sft.batch_size)]
+    plain = [
+        shuffled[i : i + sft.batch_size].tolist() for i in range(0, len(lengths), sft.batch_size)
+    ]
     assert bucketed >= 0.9 > useful_share(lengths, plain)
 
 
@@ -98,7 +102,13 @@ def test_every_row_is_in_exactly_one_batch():
 
 def test_the_stream_can_be_sought():
     packed = PackedTokens(np.arange(200, dtype=np.int32), block=5)
-    make = lambda: Batches(packed, 8, seed=1, collate=lambda e: [x["input_ids"][0] for x in e], lengths=[5] * len(packed))  # noqa: E731, E501
+    make = lambda: Batches(
+        packed,
+        8,
+        seed=1,
+        collate=lambda e: [x["input_ids"][0] for x in e],
+        lengths=[5] * len(packed),
+    )
     forward = make()
     read = [forward[m] for m in range(18)]
     assert [make()[m] for m in (17, 3, 9)] == [read[17], read[3], read[9]]
@@ -106,7 +116,9 @@ def test_the_stream_can_be_sought():
 
 
 def test_padding_is_never_a_label():
-    batch = pad_batch([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}], 0)
+    batch = pad_batch(
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}], 0
+    )
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
 

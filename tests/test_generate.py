@@ -50,8 +50,12 @@ def test_temperature_top_k_and_top_p():
     torch.testing.assert_close(next_token_probabilities(logits, 0.5), (logits / 0.5).softmax(-1))
     assert next_token_probabilities(logits, 0).tolist() == [[1, 0, 0, 0]]
     assert (next_token_probabilities(logits, top_k=2) > 0).tolist() == [[True, True, False, False]]
-    assert (next_token_probabilities(logits, top_p=0.64) > 0).tolist() == [[True, False, False, False]]
-    assert (next_token_probabilities(logits, top_p=0.65) > 0).tolist() == [[True, True, False, False]]
+    assert (next_token_probabilities(logits, top_p=0.64) > 0).tolist() == [
+        [True, False, False, False]
+    ]
+    assert (next_token_probabilities(logits, top_p=0.65) > 0).tolist() == [
+        [True, True, False, False]
+    ]
     nucleus = next_token_probabilities(logits, top_p=0.8)
     torch.testing.assert_close(nucleus.sum(-1), torch.ones(1))
     torch.testing.assert_close(nucleus[0, 0] / nucleus[0, 1], full[0, 0] / full[0, 1])

@@ -21,22 +21,27 @@ HUGGING_FACE = {
 
 def hugging_face_twin(model, config_class, model_class):
     c = model.config
-    names = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-             "intermediate_size rms_norm_eps max_position_embeddings tie_word_embeddings num_experts "
-             "num_experts_per_tok moe_intermediate_size norm_topk_prob").split()  # fmt: skip
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]  # fmt: skip
     rope = {"rope_type": "default", "rope_theta": c.rope_theta, **(c.rope_scaling or {})}
-    twin = model_class(config_class(**{n: getattr(c, n) for n in names}, rope_parameters=rope)).eval()
+    twin = model_class(
+        config_class(**{n: getattr(c, n) for n in names}, rope_parameters=rope)
+    ).eval()
     ours, state = model.state_dict(), twin.state_dict()
     for name in state:
         if name.endswith("experts.gate_up_proj"):  # transformers stacks the experts in one tensor
             parts = ("gate_proj", "up_proj")
             stem = name.removesuffix("gate_up_proj")
             state[name] = torch.stack(
-                [torch.cat([ours[f"{stem}{e}.{p}.weight"] for p in parts]) for e in range(c.num_experts)]
+                [
+                    torch.cat([ours[f"{stem}{e}.{p}.weight"] for p in parts])
+                    for e in range(c.num_experts)
+                ]
             )
         elif name.endswith("experts.down_proj"):
             stem = name.removesuffix("down_proj")
-            state[name] = torch.stack([ours[f"{stem}{e}.down_proj.weight"] for e in range(c.num_experts)])
+            state[name] = torch.stack(
+                [ours[f"{stem}{e}.down_proj.weight"] for e in range(c.num_experts)]
+            )
         else:
             state[name] = ours[name]
     twin.load_state_dict(state)
@@ -69,7 +74,9 @@ def test_parameter_counts_of_the_guide():
     assert 103e6 < large.num_parameters < 105e6
 
 
-@pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"use_moe": True}, {"rope_scaling": YARN}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"qk_norm": True}, {"use_moe": True}, {"rope_scaling": YARN}]
+)
 @torch.no_grad()
 def test_cache_in_pieces_equals_the_whole(settings, small_model):
     model = small_model(**settings)
@@ -85,7 +92,9 @@ def test_padding_on_the_left_changes_nothing(small_model):
     ids = torch.randint(120, (1, 9))
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
     mask = (torch.arange(13) >= 4).long()[None]
-    torch.testing.assert_close(model(padded, attention_mask=mask)[:, 4:], model(ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model(padded, attention_mask=mask)[:, 4:], model(ids), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()

@@ -27,7 +27,9 @@ def gradient(model, batches, config):
     """The gradient that a step sees: what is left in .grad when the optimizer is called."""
     seen = {}
     run = Run(model, make_optimizer(model, config), make_scaler(config, model.device))
-    run.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    run.optimizer.step = lambda: seen.update(
+        {n: p.grad.clone() for n, p in model.named_parameters()}
+    )
     loss, _ = optimizer_step(run, batches, TASK, 1e-3, config)
     return float(loss), seen
 
@@ -58,8 +60,12 @@ def test_the_schedule():
     assert learning_rate(0, 100, 1.0) == 1.0
     assert learning_rate(50, 100, 1.0) == pytest.approx(0.55)
     assert learning_rate(100, 100, 1.0) == pytest.approx(0.1)
-    assert learning_rate(25, 100, 2.0) == pytest.approx(2 * (0.1 + 0.45 * (1 + math.cos(math.pi / 4))))
-    assert [learning_rate(s, 10**9, 1.0, 4) for s in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert learning_rate(25, 100, 2.0) == pytest.approx(
+        2 * (0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    )
+    assert [learning_rate(s, 10**9, 1.0, 4) for s in range(5)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1]
+    )
 
 
 def settings_for(folder, stage="pretrain", **more):
@@ -89,7 +95,9 @@ minimind.train(settings.pop("stage"), **settings)
 
 
 def start(settings):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps(settings)], stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)], stderr=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
@@ -107,7 +115,9 @@ def test_resume_after_kill_9_is_bit_identical(stage, tmp_path):
     for _ in range(3):
         process = start(killed)
         before = len(log.read_text().splitlines()) if log.exists() else 0
-        while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < before + 2):
+        while process.poll() is None and (
+            not log.exists() or len(log.read_text().splitlines()) < before + 2
+        ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.15)
         if process.poll() is None:
@@ -116,7 +126,10 @@ def test_resume_after_kill_9_is_bit_identical(stage, tmp_path):
         process.wait()
     assert start(killed).wait() == 0
     assert kills >= 1
-    runs = [[json.loads(line) for line in (tmp_path / f"{n}/out/{name}_32.log.jsonl").open()] for n in ("whole", "killed")]
+    runs = [
+        [json.loads(line) for line in (tmp_path / f"{n}/out/{name}_32.log.jsonl").open()]
+        for n in ("whole", "killed")
+    ]
     for one, other in zip(*runs, strict=True):
         assert {**one, "tokens_per_second": 0} == {**other, "tokens_per_second": 0}
     weights = [read_tensors(tmp_path / f"{n}/out/{name}_32.pth") for n in ("whole", "killed")]
@@ -134,7 +147,9 @@ def test_training_lowers_the_loss_and_logs_it(tmp_path):
     rows = []
     result = minimind.train("pretrain", callback=lambda step, model: rows.append(step),
                             **settings_for(tmp_path, epochs=8, learning_rate=3e-3))  # fmt: skip
-    assert result.history[0]["loss"] == pytest.approx(math.log(result.tokenizer.vocab_size), abs=0.2)
+    assert result.history[0]["loss"] == pytest.approx(
+        math.log(result.tokenizer.vocab_size), abs=0.2
+    )
     assert result.history[-1]["loss"] < 0.6 * result.history[0]["loss"]
     assert rows == list(range(result.metrics["steps"] + 1))
     logged = [json.loads(line) for line in (tmp_path / "out/pretrain_32.log.jsonl").open()]
@@ -162,10 +177,14 @@ def test_a_stage_starts_from_the_weight_before_it(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError, match="Lower learning_rate"):
-        minimind.train("pretrain", **settings_for(tmp_path, learning_rate=1e12, grad_clip=0.0, epochs=9))
+        minimind.train(
+            "pretrain", **settings_for(tmp_path, learning_rate=1e12, grad_clip=0.0, epochs=9)
+        )
 
 
 def test_mixture_of_experts_trains(tmp_path):
-    result = minimind.train("pretrain", **settings_for(tmp_path, use_moe=1, epochs=4, learning_rate=3e-3))
+    result = minimind.train(
+        "pretrain", **settings_for(tmp_path, use_moe=1, epochs=4, learning_rate=3e-3)
+    )
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.model.config.use_moe
