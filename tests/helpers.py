@@ -13,7 +13,23 @@ def write_lines(path, rows):
 
 def texts(count=60, seed=0):
     rng = random.Random(seed)
-    words = ["the", "job", "of", "pet", "town", "is", "a", "baker", "miller", "otter", "in", "and", "lives", "likes", "bread"]
+    words = [
+        "the",
+        "job",
+        "of",
+        "pet",
+        "town",
+        "is",
+        "a",
+        "baker",
+        "miller",
+        "otter",
+        "in",
+        "and",
+        "lives",
+        "likes",
+        "bread",
+    ]
     return [{"text": " ".join(rng.choices(words, k=rng.randint(5, 40)))} for _ in range(count)]
 
 

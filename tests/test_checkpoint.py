@@ -29,11 +29,17 @@ def test_a_weight_comes_back_as_it_was(tmp_path, small_model, tokenizer):
     save_weight(tmp_path / "full_sft_64.pth", model, tokenizer, [{"stage": "sft"}], {"loss": 1.0})
     again, tokens = load("full_sft", out_dir=tmp_path)
     assert again.config == model.config and not again.training
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert tokens.encode("The job of") == tokenizer.encode("The job of")
     assert load(str(tmp_path / "full_sft_64.pth"))[0].config == model.config
     names = set(read_tensors(tmp_path / "full_sft_64.pth"))
-    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight"} <= names
+    assert {
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+        "lm_head.weight",
+    } <= names
 
 
 def test_every_key_must_fit(small_model):

@@ -51,7 +51,9 @@ def test_a_run_leaves_the_files_of_the_guide(trained):
 
 
 def test_chat_and_eval_use_a_weight(trained):
-    done = run("chat", "--weight", "pretrain", "--preset", "full", "--message", "Hello!", cwd=trained)
+    done = run(
+        "chat", "--weight", "pretrain", "--preset", "full", "--message", "Hello!", cwd=trained
+    )
     assert done.returncode == 0 and done.stdout.strip()
     talk = run("chat", "--weight", "pretrain", "--preset", "full", cwd=trained, input="Hello!\n\n")
     assert talk.returncode == 0 and "model>" in talk.stdout
@@ -61,7 +63,9 @@ def test_chat_and_eval_use_a_weight(trained):
 
 def test_the_guides_flags_are_taken(tmp_path):
     write_lines(tmp_path / "sft.jsonl", chats())
-    flags_of_the_guide = flags(tmp_path, accumulation_steps=8, dtype="bfloat16", use_moe=1, from_resume=1)
+    flags_of_the_guide = flags(
+        tmp_path, accumulation_steps=8, dtype="bfloat16", use_moe=1, from_resume=1
+    )
     assert run("pretrain", *flags_of_the_guide, cwd=tmp_path).returncode == 0
     more = [*flags(tmp_path, use_moe=1), "--from_weight", "pretrain", "--data_path", "sft.jsonl"]
     assert run("sft", *more, cwd=tmp_path).returncode == 0
@@ -72,7 +76,9 @@ def test_bench_prints_speed_utilisation_and_memory(tmp_path):
     shape = ["--hidden_size", 64, "--num_hidden_layers", 2, "--batch_size", 2, "--max_seq_len", 32]
     done = run("bench", *shape, "--vocab_size", 100, cwd=tmp_path)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("tokens/s", "utilisation", "peak memory", "GFLOP/s"))
+    assert all(
+        word in done.stdout for word in ("tokens/s", "utilisation", "peak memory", "GFLOP/s")
+    )
 
 
 BAD_FILES = {
@@ -98,7 +104,9 @@ def test_bad_pretraining_files(content, words, tmp_path):
 )  # fmt: skip
 def test_bad_chat_files(messages, words, trained):
     write_lines(trained / "bad.jsonl", [*chats(1), {"conversations": messages}])
-    error = refused("sft", *flags(trained), "--from_weight", "pretrain", "--data_path", "bad.jsonl", cwd=trained)
+    error = refused(
+        "sft", *flags(trained), "--from_weight", "pretrain", "--data_path", "bad.jsonl", cwd=trained
+    )
     assert words in error and "bad.jsonl, line 2" in error
 
 
@@ -122,7 +130,9 @@ def test_missing_and_damaged_weights(trained, tmp_path):
     for name, content in (("cut", whole[: len(whole) // 2]), ("junk", b"not a checkpoint")):
         (tmp_path / f"{name}.pth").write_bytes(content)
         (tmp_path / f"{name}.json").write_bytes((trained / "out/pretrain_32.json").read_bytes())
-        assert "cannot be read" in refused("chat", "--weight", f"{name}.pth", "--message", "a", cwd=tmp_path)
+        assert "cannot be read" in refused(
+            "chat", "--weight", f"{name}.pth", "--message", "a", cwd=tmp_path
+        )
 
 
 def test_a_weight_that_does_not_fit_its_config(trained, tmp_path):
@@ -141,11 +151,15 @@ def test_code_in_a_checkpoint_is_not_run(trained, tmp_path):
 
     torch.save({"a": Bomb()}, tmp_path / "bomb.pth")
     (tmp_path / "bomb.json").write_bytes((trained / "out/pretrain_32.json").read_bytes())
-    assert "cannot be read" in refused("chat", "--weight", "bomb.pth", "--message", "a", cwd=tmp_path)
+    assert "cannot be read" in refused(
+        "chat", "--weight", "bomb.pth", "--message", "a", cwd=tmp_path
+    )
     assert not (tmp_path / "ran").exists()
 
 
 def test_help_names_every_command(tmp_path):
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("pretrain", "sft", "course", "chat", "eval", "bench"))
+    assert all(
+        word in done.stdout for word in ("pretrain", "sft", "course", "chat", "eval", "bench")
+    )

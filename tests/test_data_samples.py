@@ -1,6 +1,5 @@
 """The built-in data: reproducible, in the guide's formats, and held-out sets that are disjoint."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,8 +10,8 @@ from minimind.config import data_samples
 from minimind.data import check_conversation, check_text, read_jsonl
 
 sys.path.insert(0, str(data_samples()))
-import chats  # noqa: E402
-import world  # noqa: E402
+import chats
+import world
 
 
 def rows(name, check=lambda row: None):
@@ -26,13 +25,17 @@ def train_texts():
 
 @pytest.fixture(scope="module")
 def chat_texts():
-    return [m["content"] for row in rows("sft.jsonl", check_conversation) for m in row["conversations"]]
+    return [
+        m["content"] for row in rows("sft.jsonl", check_conversation) for m in row["conversations"]
+    ]
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     subprocess.run([sys.executable, data_samples("generate.py"), "--out", tmp_path], check=True)
     made = sorted(p.name for p in tmp_path.iterdir())
-    assert made == sorted(p.name for p in data_samples().iterdir() if p.suffix in (".jsonl", ".json"))
+    assert made == sorted(
+        p.name for p in data_samples().iterdir() if p.suffix in (".jsonl", ".json")
+    )
     for name in made:
         assert (tmp_path / name).read_bytes() == data_samples(name).read_bytes(), name
 
@@ -54,16 +57,24 @@ def test_most_heldout_story_sentences_are_new(train_texts):
     assert sum(sentence not in known for sentence in sentences) / len(sentences) >= 0.9
 
 
-@pytest.mark.parametrize("entities", [world.PEOPLE, world.PLACES, world.CHINESE], ids=["people", "places", "chinese"])
+@pytest.mark.parametrize(
+    "entities", [world.PEOPLE, world.PLACES, world.CHINESE], ids=["people", "places", "chinese"]
+)
 def test_the_last_quarter_is_never_a_subject_of_chat(entities, chat_texts):
     """A reserved town may still be somebody's home in an answer; nothing is asked or said about it."""
     for entity in world.never_in_chat(entities):
-        about = [t for t in chat_texts if re.search(rf"of {entity.name}\b|^{entity.name}|{entity.name}的", t)]
+        about = [
+            t
+            for t in chat_texts
+            if re.search(rf"of {entity.name}\b|^{entity.name}|{entity.name}的", t)
+        ]
         assert not about
 
 
 def test_reserved_questions_are_never_asked(chat_texts):
-    reserved = [(e.name, a) for e in world.in_chat(world.PEOPLE) for a in e.facts if chats.never_asked(e, a)]
+    reserved = [
+        (e.name, a) for e in world.in_chat(world.PEOPLE) for a in e.facts if chats.never_asked(e, a)
+    ]
     assert len(reserved) >= 40
     said = set(re.findall(r"(job|town|pet|food|hobby) of (\w+)", "\n".join(chat_texts)))
     assert said and not {(attribute, name) for name, attribute in reserved} & said
@@ -74,7 +85,11 @@ def test_reserved_pairs_of_numbers_stand_nowhere(train_texts, chat_texts):
     pairs = re.findall(r"(?<!\w)(\d+)[+-](\d+)(?=[=.? ])", text) + re.findall(r"(\d+)加(\d+)", text)
     assert len(set(pairs)) > 200
     assert not [p for p in pairs if world.sum_is_held_out(int(p[0]), int(p[1]))]
-    asked = [row["conversations"][0]["content"] for row in rows("sft_heldout.jsonl") if row["kind"] == "arithmetic"]
+    asked = [
+        row["conversations"][0]["content"]
+        for row in rows("sft_heldout.jsonl")
+        if row["kind"] == "arithmetic"
+    ]
     numbers = [re.search(r"(\d+)[+-](\d+)", question).groups() for question in asked]
     assert numbers and all(world.sum_is_held_out(int(a), int(b)) for a, b in numbers)
 
@@ -99,8 +114,12 @@ def test_heldout_chats_are_new_in_question_and_of_every_kind(chat_texts):
 def test_nothing_contradicts_the_world(train_texts, chat_texts):
     facts = {(e.name, a): v for e in world.PEOPLE + world.PLACES for a, v in e.facts.items()}
     said = re.findall(r"The (\w+) of (\w+) is (\w+)", "\n".join(train_texts + chat_texts))
-    known = [(name, attribute, value) for attribute, name, value in said if (name, attribute) in facts]
-    assert len(known) > 10000 and all(facts[name, attribute] == value for name, attribute, value in known)
+    known = [
+        (name, attribute, value) for attribute, name, value in said if (name, attribute) in facts
+    ]
+    assert len(known) > 10000 and all(
+        facts[name, attribute] == value for name, attribute, value in known
+    )
 
 
 def test_every_fact_of_the_unseen_is_in_pretraining_text(train_texts):
@@ -114,4 +133,3 @@ def test_completions_are_the_facts(train_texts):
     text = "\n".join(train_texts)
     prompts = rows("facts_heldout.jsonl")
     assert len(prompts) >= 300 and all(row["prompt"] + row["answer"] in text for row in prompts)
-    assert json.dumps(prompts[0])

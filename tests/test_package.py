@@ -16,7 +16,10 @@ PACKAGE = sorted((ROOT / "minimind").rglob("*.py"))
 def requirements():
     """The strings of pyproject's core, course and test lists (tomllib is not in Python 3.10)."""
     text = (ROOT / "pyproject.toml").read_text()
-    lists = [re.search(rf"^{name} = (\[.*?\])", text, re.M | re.S).group(1) for name in ("dependencies", "course", "test")]
+    lists = [
+        re.search(rf"^{name} = (\[.*?\])", text, re.M | re.S).group(1)
+        for name in ("dependencies", "course", "test")
+    ]
     return [item for one in lists for item in ast.literal_eval(one)]
 
 
@@ -27,7 +30,9 @@ def test_conda_and_pip_ask_for_the_same_packages():
 
 
 def test_every_package_is_pinned_for_our_own_installs():
-    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     assert {re.match(r"[\w-]+", item).group().lower() for item in requirements()} <= pinned
 
 
@@ -46,13 +51,17 @@ ORDER = ["errors", "config", "tokenizer", "model", "data", "generate", "checkpoi
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.stem)
 def test_imports_run_one_way(path):
-    name = ".".join(path.relative_to(ROOT / "minimind").with_suffix("").parts).removesuffix(".__init__")
+    name = ".".join(path.relative_to(ROOT / "minimind").with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
     if name not in ORDER:
         return  # the front of the package, its entry point, plots: they may look at everything
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("minimind."):
             module = node.module.removeprefix("minimind.")
-            assert module == "plots" or ORDER.index(module) < ORDER.index(name), f"{name} imports {module}"
+            assert module == "plots" or ORDER.index(module) < ORDER.index(name), (
+                f"{name} imports {module}"
+            )
 
 
 def test_functions_stay_short():

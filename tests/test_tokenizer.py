@@ -9,10 +9,15 @@ CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 def test_special_tokens_have_their_ids(tokenizer):
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.tag_ids == dict(zip(TAGS, (3, 4, 5, 6), strict=True))
-    assert tokenizer.decode([0, 1, 2], skip_special_tokens=False) == "<|endoftext|><|im_start|><|im_end|>"
+    assert (
+        tokenizer.decode([0, 1, 2], skip_special_tokens=False)
+        == "<|endoftext|><|im_start|><|im_end|>"
+    )
 
 
-@pytest.mark.parametrize("text", ["", " two  spaces\n", "你好，世界", "émoji 🙂", "<think>7</think>", "a<|im_end|>b"])
+@pytest.mark.parametrize(
+    "text", ["", " two  spaces\n", "你好，世界", "émoji 🙂", "<think>7</think>", "a<|im_end|>b"]
+)
 def test_any_text_comes_back(text, tokenizer):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -15,7 +15,10 @@ def test_the_shift_is_inside():
 def test_ignored_labels_do_not_count():
     logits, labels = torch.randn(2, 9, 5), torch.randint(5, (2, 9))
     labels[0, :6] = labels[1, 3:] = -100
-    kept = [-logits[b, t - 1].log_softmax(-1)[labels[b, t]] for b, t in [(0, 6), (0, 7), (0, 8), (1, 1), (1, 2)]]
+    kept = [
+        -logits[b, t - 1].log_softmax(-1)[labels[b, t]]
+        for b, t in [(0, 6), (0, 7), (0, 8), (1, 1), (1, 2)]
+    ]
     torch.testing.assert_close(next_token_loss(logits, labels), torch.stack(kept).mean())
 
 
@@ -29,4 +32,6 @@ def test_nothing_to_learn_is_zero_with_a_gradient():
 def test_half_precision_logits_are_summed_in_float32():
     logits = torch.randn(2, 50, 100).to(torch.bfloat16)
     labels = torch.randint(100, (2, 50))
-    torch.testing.assert_close(next_token_loss(logits, labels), next_token_loss(logits.float(), labels))
+    torch.testing.assert_close(
+        next_token_loss(logits, labels), next_token_loss(logits.float(), labels)
+    )
