@@ -265,9 +265,9 @@ def sum_is_held_out(a: int, b: int) -> bool:
 
 
 def draw_pair(random_: random.Random, reserved: bool = False) -> tuple[int, int]:
-    """Draw a in 0..29 and b in 0..9 from the training pairs, or from the reserved ones."""
+    """Draw a in 0..19 and b in 0..9 from the training pairs, or from the reserved ones."""
     while True:
-        a, b = random_.randrange(30), random_.randrange(10)
+        a, b = random_.randrange(20), random_.randrange(10)
         if sum_is_held_out(a, b) == reserved:
             return a, b
 
@@ -307,8 +307,8 @@ def draw_chain(random_: random.Random, operations: int, reserved: bool = False) 
 
 
 def draw_list(random_: random.Random, reserved: bool = False) -> list[str]:
-    """Draw three to five different items; a tenth of all lists is held out everywhere."""
+    """Draw three to five different guests; a tenth of all lists is held out everywhere."""
     while True:
-        items = random_.sample(ITEMS, random_.randint(3, 5))
-        if held_out("list " + " ".join(items), percent=10) == reserved:
-            return items
+        guests = [person.name for person in random_.sample(in_chat(PEOPLE), random_.randint(3, 5))]
+        if held_out("list " + " ".join(guests), percent=10) == reserved:
+            return guests

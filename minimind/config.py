@@ -205,7 +205,7 @@ _TINY = dict(
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
-        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=2.2),
+        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=2),
         "sft": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
     },
     "tiny": {

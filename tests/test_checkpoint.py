@@ -18,7 +18,7 @@ class FullDisk:
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     path = tmp_path / "weight.pth"
     path.write_bytes(b"the old weight")
-    with pytest.raises(UserError, match="No space left on device.*unharmed"):
+    with pytest.raises(UserError, match=r"No space left on device.*unharmed"):
         write_atomically(path, FullDisk())
     assert path.read_bytes() == b"the old weight"
     assert [p.name for p in tmp_path.iterdir()] == ["weight.pth"]

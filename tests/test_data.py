@@ -102,17 +102,17 @@ def test_every_row_is_in_exactly_one_batch():
 
 def test_the_stream_can_be_sought():
     packed = PackedTokens(np.arange(200, dtype=np.int32), block=5)
-    make = lambda: Batches(
-        packed,
-        8,
-        seed=1,
-        collate=lambda e: [x["input_ids"][0] for x in e],
-        lengths=[5] * len(packed),
-    )
-    forward = make()
+
+    def stream():
+        return Batches(
+            packed, 8, 1, lambda rows: [r["input_ids"][0] for r in rows], [5] * len(packed)
+        )
+
+    forward = stream()
     read = [forward[m] for m in range(18)]
-    assert [make()[m] for m in (17, 3, 9)] == [read[17], read[3], read[9]]
-    assert sorted(sum(read[:7], [])) == sorted(sum(read[7:14], [])) and read[:7] != read[7:14]
+    assert [stream()[m] for m in (17, 3, 9)] == [read[17], read[3], read[9]]
+    first, second = ([start for batch in read[e : e + 7] for start in batch] for e in (0, 7))
+    assert sorted(first) == sorted(second) and first != second
 
 
 def test_padding_is_never_a_label():

@@ -83,7 +83,7 @@ def test_reserved_questions_are_never_asked(chat_texts):
 def test_reserved_pairs_of_numbers_stand_nowhere(train_texts, chat_texts):
     text = "\n".join(train_texts + chat_texts)
     pairs = re.findall(r"(?<!\w)(\d+)[+-](\d+)(?=[=.? ])", text) + re.findall(r"(\d+)加(\d+)", text)
-    assert len(set(pairs)) > 200
+    assert len(set(pairs)) > 150
     assert not [p for p in pairs if world.sum_is_held_out(int(p[0]), int(p[1]))]
     asked = [
         row["conversations"][0]["content"]
@@ -95,7 +95,7 @@ def test_reserved_pairs_of_numbers_stand_nowhere(train_texts, chat_texts):
 
 
 def test_heldout_lists_and_chains_stand_nowhere(train_texts, chat_texts):
-    lists = set(re.findall(r"List: ([a-z ]+)\.", "\n".join(train_texts + chat_texts)))
+    lists = set(re.findall(r"List: ([A-Za-z ]+)\.", "\n".join(train_texts + chat_texts)))
     assert len(lists) > 1000 and not any(world.held_out("list " + items, 10) for items in lists)
     problems = set(re.findall(r"Chain: (\S+)", "\n".join(train_texts)))
     assert len(problems) > 500 and not any(world.held_out("chain " + p, 10) for p in problems)

@@ -68,5 +68,5 @@ def test_a_tokenizer_without_the_chat_tokens_is_refused(tmp_path):
     from tokenizers import models
 
     Raw(models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="has no token '<|endoftext|>'"):
+    with pytest.raises(UserError, match=r"has no token '<\|endoftext\|>'"):
         Tokenizer.load(tmp_path)
