@@ -30,8 +30,8 @@ FACT_QUESTIONS = [
     "Do you know the {attribute} of {name}?", "Please name the {attribute} of {name}.",
     "I would like to know the {attribute} of {name}.", "Can you say what the {attribute} of {name} is?",
 ]  # fmt: skip
-CHINESE_QUESTIONS = ["{name}的{attribute}是什么？", "请告诉我{name}的{attribute}。", "你知道{name}的{attribute}吗？",
-                     "我想知道{name}的{attribute}。"]  # fmt: skip
+CHINESE_QUESTIONS = ["「{name}」的{attribute}是什么？", "请告诉我「{name}」的{attribute}。", "你知道「{name}」的{attribute}吗？",
+                     "我想知道「{name}」的{attribute}。"]  # fmt: skip
 SUM_QUESTIONS = ["What is {problem}?", "Please work out {problem}.", "How much is {problem}?"]
 CHINESE_SUM_QUESTIONS = ["{a}加{b}等于几？", "请算{a}加{b}。"]
 LIST_QUESTIONS = {
@@ -72,10 +72,10 @@ def fact_pairs(
 
 
 def sum_pair(random_: random.Random, reserved: bool = False) -> Pair:
-    """A sum or difference: "What is 37+5?", "37+5=42."."""
+    """A sum or difference: "What is 17+5?", "It is 22."."""
     a, sign, b, result = draw_sum(random_, reserved)
     problem = f"{a}{sign}{b}"
-    return random_.choice(SUM_QUESTIONS).format(problem=problem), f"{problem}={result}."
+    return random_.choice(SUM_QUESTIONS).format(problem=problem), f"It is {result}."
 
 
 def list_pair(random_: random.Random, reserved: bool = False) -> Pair:
@@ -89,7 +89,7 @@ def list_pair(random_: random.Random, reserved: bool = False) -> Pair:
 def chinese_sum_pair(random_: random.Random, reserved: bool = False) -> Pair:
     """A sum in Chinese."""
     a, b = draw_pair(random_, reserved)
-    return random_.choice(CHINESE_SUM_QUESTIONS).format(a=a, b=b), f"{a}加{b}等于{a + b}。"
+    return random_.choice(CHINESE_SUM_QUESTIONS).format(a=a, b=b), f"等于{a + b}。"
 
 
 def conversation(turns: list[Pair], system: str | None = None) -> dict:
@@ -106,7 +106,7 @@ def training_chats(random_: random.Random) -> list[dict]:
     pairs = fact_pairs(in_chat(PEOPLE), FACT_QUESTIONS, FACT, asked=True)
     pairs += fact_pairs(in_chat(PLACES), FACT_QUESTIONS, FACT)
     pairs += fact_pairs(in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT) * 2
-    pairs += [sum_pair(random_) for _ in range(1800)]
+    pairs += [sum_pair(random_) for _ in range(3000)]
     pairs += [list_pair(random_) for _ in range(1500)]
     pairs += [chinese_sum_pair(random_) for _ in range(400)]
     pairs += SMALL_TALK * 20

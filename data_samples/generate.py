@@ -23,7 +23,7 @@ from minimind.tokenizer import Tokenizer  # noqa: E402
 
 TRAIN_BYTES = 4_500_000
 HELDOUT_DOCUMENTS = 600
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 2048
 
 
 def pretraining(random_: random.Random) -> tuple[list[dict], list[dict]]:

@@ -30,11 +30,11 @@ PLACE_FORMS = {
     "pride": ["{name} is known for its {value}.", "Visitors come to {name} to see the {value}."],
     "season": ["{name} is loveliest in {value}.", "The great feast in {name} is held in {value}."],
 }
-CHINESE_FACT = "{name}的{attribute}是{value}。"
+CHINESE_FACT = "「{name}」的{attribute}是{value}。"
 CHINESE_FORMS = {
-    "工作": "{name}每天当{value}。",
-    "宠物": "{name}家里养{value}。",
-    "爱好": "{name}最喜欢{value}。",
+    "工作": "「{name}」每天当{value}。",
+    "宠物": "「{name}」家里养{value}。",
+    "爱好": "「{name}」最喜欢{value}。",
 }
 ADJECTIVES = [
     "round",
@@ -150,8 +150,8 @@ def chinese(random_: random.Random) -> str:
 
 # The share of each kind among the documents.
 KINDS = {
-    "biography": (biography, 50), "town": (town, 9), "story": (story, 5), "arithmetic": (arithmetic, 7),
-    "word problem": (word_problem, 1), "list": (reading_back, 14), "chain": (chain, 8), "chinese": (chinese, 5),
+    "biography": (biography, 46), "town": (town, 11), "story": (story, 4), "arithmetic": (arithmetic, 14),
+    "word problem": (word_problem, 1), "list": (reading_back, 10), "chain": (chain, 6), "chinese": (chinese, 8),
 }  # fmt: skip
 
 

@@ -261,7 +261,7 @@ def never_in_chat(entities: list[Entity]) -> list[Entity]:
 
 def sum_is_held_out(a: int, b: int) -> bool:
     """Whether the pair of numbers {a, b}, in either order and with + or -, is held out."""
-    return held_out(f"pair {min(a, b)} {max(a, b)}", percent=15)
+    return held_out(f"pair {min(a, b)} {max(a, b)}", percent=18)
 
 
 def draw_pair(random_: random.Random, reserved: bool = False) -> tuple[int, int]:

@@ -205,8 +205,8 @@ _TINY = dict(
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
-        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=2),
-        "sft": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
+        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=1.8),
+        "sft": dict(_COURSE, learning_rate=2e-3, epochs=1.5, batch_size=32),
     },
     "tiny": {
         "pretrain": dict(_TINY, learning_rate=3e-3, accumulation_steps=1, epochs=0.05),
