@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from minimind import UserError
+from minimind.course import course, load_or_train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("course")
+
+
+@pytest.fixture(scope="module")
+def report(folder):
+    return course("tiny", out_dir=str(folder))
+
+
+def test_the_report_has_every_field(report, folder):
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert [stage["stage"] for stage in report["stages"]] == ["pretrain", "sft"]
+    for stage in report["stages"]:
+        assert stage["seconds"] > 0 and stage["samples"] and stage["measures"]
+        for measure in stage["measures"].values():
+            assert set(measure) >= {"before", "after", "baseline", "better", "held_out_examples"}
+            assert measure["better"] in ("lower", "higher") and measure["held_out_examples"] > 0
+    assert report["total_seconds"] >= sum(stage["seconds"] for stage in report["stages"]) - 1
+
+
+def test_even_the_tiny_run_learns(report):
+    bits = report["stages"][0]["measures"]["bits_per_byte"]
+    assert bits["after"] < 0.8 * bits["before"]
+    assert bits["baselines"]["5-gram"] < bits["baselines"]["unigram"]
+
+
+def test_the_page_and_the_picture_are_written(report, folder):
+    page = (folder / "report.md").read_text()
+    assert "exact_match_person_unseen" in page and "## Chat" in page
+    assert (folder / "report.png").stat().st_size > 5000
+
+
+def test_a_weight_is_found_or_made(report, folder, here):
+    model, _ = load_or_train("full_sft", "tiny")
+    assert (here / "out/tiny/pretrain_64.pth").is_file() and (
+        here / "out/tiny/full_sft_64.pth"
+    ).is_file()
+    made = (here / "out/tiny/full_sft_64.pth").stat().st_mtime_ns
+    again, _ = load_or_train("full_sft", "tiny")
+    assert (here / "out/tiny/full_sft_64.pth").stat().st_mtime_ns == made
+    assert again.config == model.config
+    with pytest.raises(UserError, match="No stage saves"):
+        load_or_train("nothing", "tiny")
