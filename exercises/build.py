@@ -30,7 +30,7 @@ if "google.colab" in sys.modules and not Path("minimind-course").exists():
     address = f"https://github.com/{OWNER}/minimind-course"
     subprocess.run(["git", "clone", "--depth", "1", address], check=True)
 
-places = [Path.cwd(), Path.cwd().parent, *Path.cwd().glob("**/exercises")]
+places = [Path.cwd(), Path.cwd().parent, *Path.cwd().glob("*/exercises")]
 folder = next((p.resolve() for p in places if (p / "checks.py").is_file()), None)
 if folder is None:
     raise FileNotFoundError("checks.py is not here: open this notebook in the folder `exercises`.")

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import inspect
 import json
 import math
 import random
 import reprlib
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Exercise:
         run: how a function is used on one case, if not by calling it: (function, *case) to what
             is compared. It can give a tokenizer, take gradients, feed tokens one by one.
         judge: for an open exercise, which has no single right answer: (cases, results) to a
-            complaint or None. For a mistake that it recognises it returns `sentence(mistake)`.
+            complaint or None. It may return `sentence(mistake)` for all that are like a mistake.
         discussion: what is worth knowing afterwards.
     """
 
@@ -89,7 +89,7 @@ def topics() -> dict[str, ModuleType]:
     found = {}
     for path in sorted((FOLDER / "topics").glob("[0-9]*.py")):
         spec = importlib.util.spec_from_file_location(f"topic_{path.stem}", path)
-        found[path.stem] = importlib.util.module_from_spec(spec)
+        found[path.stem] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(found[path.stem])
     return found
 
@@ -136,29 +136,31 @@ def examine(exercise: Exercise, function: Callable, seed: int = SEED) -> str | N
             return NOT_WRITTEN
         if exercise.judge and isinstance(result, Exception):
             return f"Case {number} of {len(cases)}: {explain(result)}"
-    if exercise.judge:
-        return judged(exercise, cases, mine)
-
-    right = [outcome(exercise, exercise.solution, case) for case in cases]
-    faults = [difference(r, m) for r, m in zip(right, mine)]
+    faults = judged(exercise, cases, mine) if exercise.judge else compared(exercise, cases, mine)
     if not any(faults):
         return None
     for mistake in exercise.mistakes:
         if all(not difference(outcome(exercise, mistake, c), m) for c, m in zip(cases, mine)):
             return sentence(mistake)
     first = next(i for i, fault in enumerate(faults) if fault)
-    return f"Case {first + 1} of {len(cases)}: {faults[first]}\n  input: {show(cases[first])}"
+    if exercise.judge:
+        return faults[first]
+    return f"Case {first + 1} of {len(cases)}: {faults[first]}\n  {'input':>12}: {show(cases[first])}"
 
 
-def judged(exercise: Exercise, cases: list[Case], results: list[Any]) -> str | None:
+def compared(exercise: Exercise, cases: list[Case], results: list[Any]) -> list[str | None]:
+    """Return for every case how the result differs from the solution's."""
+    right = [outcome(exercise, exercise.solution, case) for case in cases]
+    return [difference(r, m) for r, m in zip(right, results)]
+
+
+def judged(exercise: Exercise, cases: list[Case], results: list[Any]) -> list[str | None]:
     """Return the judge's complaint; a result that it cannot even read is shown with a sample."""
     try:
-        return exercise.judge(cases, results)
+        return [exercise.judge(cases, results)]
     except Exception:
         sample = outcome(exercise, exercise.solution, cases[0])
-        return f"The check cannot read your result.\n  of this form: {show(sample)}\n" + (
-            f"         yours: {show(results[0])}"
-        )
+        return ["the check cannot read your result." + beside(sample, results[0], "of this form")]
 
 
 def difference(right: Any, mine: Any) -> str | None:
@@ -245,9 +247,9 @@ def show(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else _short.repr(value)
 
 
-def beside(right: Any, mine: Any) -> str:
+def beside(right: Any, mine: Any, label: str = "expected") -> str:
     """Return expected and given under each other."""
-    return f"\n  expected: {show(right)}\n     yours: {show(mine)}"
+    return f"\n  {label:>12}: {show(right)}\n  {'yours':>12}: {show(mine)}"
 
 
 # What a learner calls
