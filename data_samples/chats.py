@@ -30,8 +30,8 @@ FACT_QUESTIONS = [
     "Do you know the {attribute} of {name}?", "Please name the {attribute} of {name}.",
     "I would like to know the {attribute} of {name}.", "Can you say what the {attribute} of {name} is?",
 ]  # fmt: skip
-CHINESE_QUESTIONS = ["「{name}」的{attribute}是什么？", "请告诉我「{name}」的{attribute}。", "你知道「{name}」的{attribute}吗？",
-                     "我想知道「{name}」的{attribute}。"]  # fmt: skip
+CHINESE_QUESTIONS = ["关于 {name} ，{attribute}是什么？", "请告诉我关于 {name} ，{attribute}是什么。",
+                     "你知道关于 {name} ，{attribute}是什么吗？", "我想知道关于 {name} ，{attribute}是什么。"]  # fmt: skip
 SUM_QUESTIONS = ["What is {problem}?", "Please work out {problem}.", "How much is {problem}?"]
 CHINESE_SUM_QUESTIONS = ["{a}加{b}等于几？", "请算{a}加{b}。"]
 LIST_QUESTIONS = {

@@ -30,11 +30,11 @@ PLACE_FORMS = {
     "pride": ["{name} is known for its {value}.", "Visitors come to {name} to see the {value}."],
     "season": ["{name} is loveliest in {value}.", "The great feast in {name} is held in {value}."],
 }
-CHINESE_FACT = "「{name}」的{attribute}是{value}。"
+CHINESE_FACT = "关于 {name} ，{attribute}是{value}。"
 CHINESE_FORMS = {
-    "工作": "「{name}」每天当{value}。",
-    "宠物": "「{name}」家里养{value}。",
-    "爱好": "「{name}」最喜欢{value}。",
+    "工作": "你看 {name} ，每天当{value}。",
+    "宠物": "你看 {name} ，家里养{value}。",
+    "爱好": "你看 {name} ，最喜欢{value}。",
 }
 ADJECTIVES = [
     "round",
@@ -135,7 +135,7 @@ def chain(random_: random.Random) -> str:
 
 
 def chinese(random_: random.Random) -> str:
-    """Facts about a Chinese person, in Chinese, sometimes with a few sums."""
+    """Facts about two people in Chinese, or a few sums."""
     if random_.random() < 0.2:
         pairs = [draw_pair(random_) for _ in range(4)]
         return "".join(f"{a}加{b}等于{a + b}。" for a, b in pairs)
@@ -150,8 +150,8 @@ def chinese(random_: random.Random) -> str:
 
 # The share of each kind among the documents.
 KINDS = {
-    "biography": (biography, 46), "town": (town, 11), "story": (story, 4), "arithmetic": (arithmetic, 14),
-    "word problem": (word_problem, 1), "list": (reading_back, 10), "chain": (chain, 6), "chinese": (chinese, 8),
+    "biography": (biography, 45), "town": (town, 10), "story": (story, 4), "arithmetic": (arithmetic, 10),
+    "word problem": (word_problem, 1), "list": (reading_back, 15), "chain": (chain, 6), "chinese": (chinese, 9),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The closed little world that all built-in data describes: who lives in it and what is true.
 
 Everything is decided here once, from one seed: 120 people with five facts each, 32 towns with four,
-32 Chinese people with three. All sentences anywhere in the data agree with these facts.
+32 people whom only Chinese text speaks of, with three. All sentences anywhere in the data agree with these facts.
 
 Held-out things are decided here too, by one rule (`held_out`): a thing is held out when the hash of
 its name says so. Whoever generates text asks the rule first, so nothing held out can slip in.
@@ -29,53 +29,12 @@ class Entity:
     facts: dict[str, str]
 
 
-ONSETS = [
-    "B",
-    "D",
-    "F",
-    "G",
-    "H",
-    "J",
-    "K",
-    "L",
-    "M",
-    "N",
-    "P",
-    "R",
-    "S",
-    "T",
-    "V",
-    "W",
-    "Z",
-    "Br",
-    "Cl",
-    "Dr",
-    "Fl",
-    "Gr",
-    "Pr",
-    "St",
-    "Tr",
-]
-RHYMES = [
-    "abin",
-    "adel",
-    "akko",
-    "alis",
-    "emmo",
-    "enna",
-    "eron",
-    "ifra",
-    "ilda",
-    "imon",
-    "odan",
-    "olla",
-    "onek",
-    "orin",
-    "udi",
-    "ulba",
-    "umar",
-    "unet",
-]
+ONSETS = """
+    B D F G H J K L M N P R S T V W Z Br Cl Dr Fl Gr Pr St Tr
+""".split()
+RHYMES = """
+    abin adel akko alis emmo enna eron ifra ilda imon odan olla onek orin udi ulba umar unet
+""".split()
 VALUES = {
     "job": "baker smith miller tailor nurse teacher sailor farmer potter weaver painter judge doctor "
     "singer hunter mason cook guard writer barber pilot shepherd",
@@ -86,40 +45,12 @@ VALUES = {
     "hobby": "chess fishing dancing drawing sailing reading running skating juggling knitting "
     "gardening singing climbing carving swimming cycling archery pottery kites puzzles",
 }
-TOWNS = [
-    "Alderford",
-    "Birchmere",
-    "Copperhill",
-    "Dunwick",
-    "Elmholm",
-    "Fernley",
-    "Glasswater",
-    "Harrowgate",
-    "Ironbridge",
-    "Juniper",
-    "Kestrel",
-    "Longmoor",
-    "Maplewood",
-    "Northcliff",
-    "Oakham",
-    "Pebblebay",
-    "Quarryside",
-    "Redcastle",
-    "Saltmarsh",
-    "Thornfield",
-    "Umberton",
-    "Vinehall",
-    "Westhaven",
-    "Yarrow",
-    "Zephyr",
-    "Amberlea",
-    "Brightwell",
-    "Cinderpath",
-    "Driftwood",
-    "Eastmoor",
-    "Foxglove",
-    "Greystone",
-]
+TOWNS = """
+    Alderford Birchmere Copperhill Dunwick Elmholm Fernley Glasswater Harrowgate Ironbridge
+    Juniper Kestrel Longmoor Maplewood Northcliff Oakham Pebblebay Quarryside Redcastle
+    Saltmarsh Thornfield Umberton Vinehall Westhaven Yarrow Zephyr Amberlea Brightwell
+    Cinderpath Driftwood Eastmoor Foxglove Greystone
+""".split()
 TOWN_VALUES = {
     "river": "Lune Tamar Wye Esk Severn Avon Dart Nidd Ouse Tees Kent Rother Stour Trent Swale Arun",
     "gate": "red blue green white black golden silver brown purple yellow orange grey",
@@ -127,107 +58,17 @@ TOWN_VALUES = {
     "fountains orchards markets windmills",
     "season": "spring summer autumn winter",
 }
-CHINESE_NAMES = [
-    "小明",
-    "小红",
-    "大山",
-    "小龙",
-    "阿春",
-    "阿秋",
-    "小云",
-    "小海",
-    "大林",
-    "阿星",
-    "小月",
-    "小石",
-    "阿风",
-    "小雪",
-    "大江",
-    "阿田",
-    "小梅",
-    "小兰",
-    "阿竹",
-    "小菊",
-    "大川",
-    "阿牛",
-    "小燕",
-    "小马",
-    "阿福",
-    "小安",
-    "大勇",
-    "阿平",
-    "小文",
-    "小武",
-    "阿金",
-    "小玉",
-]
 CHINESE_VALUES = {
     "工作": "木匠 医生 老师 农夫 渔夫 厨师 画家 歌手 司机 裁缝",
     "宠物": "小猫 小狗 白兔 乌龟 金鱼 山羊 黄牛 鹦鹉",
     "爱好": "下棋 跑步 游泳 唱歌 读书 钓鱼 画画 跳舞 爬山 写字",
 }
-ITEMS = [
-    "apple",
-    "rope",
-    "jar",
-    "lamp",
-    "coin",
-    "drum",
-    "key",
-    "book",
-    "shoe",
-    "spoon",
-    "candle",
-    "ribbon",
-    "bottle",
-    "basket",
-    "hammer",
-    "pencil",
-    "blanket",
-    "mirror",
-    "needle",
-    "whistle",
-    "bucket",
-    "ladder",
-    "button",
-    "feather",
-    "marble",
-    "pillow",
-    "kettle",
-    "saddle",
-    "shell",
-    "anchor",
-    "brush",
-    "comb",
-    "plate",
-    "stone",
-    "wheel",
-    "bell",
-    "glove",
-    "ring",
-    "scarf",
-    "stick",
-    "string",
-    "towel",
-    "torch",
-    "vase",
-    "cup",
-    "bowl",
-    "nail",
-    "hook",
-    "flute",
-    "kite",
-    "tent",
-    "sack",
-    "leaf",
-    "cork",
-    "pipe",
-    "tile",
-    "chain",
-    "crown",
-    "doll",
-    "fan",
-]
+ITEMS = """
+    apple rope jar lamp coin drum key book shoe spoon candle ribbon bottle basket hammer pencil
+    blanket mirror needle whistle bucket ladder button feather marble pillow kettle saddle shell
+    anchor brush comb plate stone wheel bell glove ring scarf stick string towel torch vase cup
+    bowl nail hook flute kite tent sack leaf cork pipe tile chain crown doll fan
+""".split()
 
 
 def _draw(random_: random.Random, names: list[str], values: dict[str, str]) -> list[Entity]:
@@ -241,9 +82,10 @@ def _person_names(random_: random.Random, count: int) -> list[str]:
 
 
 _random = random.Random(SEED)
-PEOPLE = _draw(_random, _person_names(_random, 120), {**VALUES, "town": " ".join(TOWNS)})
+_NAMES = _person_names(_random, 152)
+PEOPLE = _draw(_random, _NAMES[:120], {**VALUES, "town": " ".join(TOWNS)})
 PLACES = _draw(_random, TOWNS, TOWN_VALUES)
-CHINESE = _draw(_random, CHINESE_NAMES, CHINESE_VALUES)
+CHINESE = _draw(_random, _NAMES[120:], CHINESE_VALUES)
 
 
 def in_chat(entities: list[Entity]) -> list[Entity]:

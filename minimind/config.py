@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
         "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=1.8),
-        "sft": dict(_COURSE, learning_rate=2e-3, epochs=1.5, batch_size=32),
+        "sft": dict(_COURSE, learning_rate=5e-4, epochs=1.5, batch_size=32),
     },
     "tiny": {
         "pretrain": dict(_TINY, learning_rate=3e-3, accumulation_steps=1, epochs=0.05),

@@ -66,7 +66,7 @@ def test_the_last_quarter_is_never_a_subject_of_chat(entities, chat_texts):
         about = [
             t
             for t in chat_texts
-            if re.search(rf"of {entity.name}\b|^{entity.name}|「{entity.name}」", t)
+            if re.search(rf"of {entity.name}\b|^{entity.name}|关于 {entity.name} ", t)
         ]
         assert not about
 
