@@ -15,7 +15,7 @@ course: $(SETUP)
 test: $(SETUP) lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations=8 tests
 	OMP_WAIT_POLICY=passive MINIMIND_PRESET=tiny $(BIN)/python -m pytest -q --durations=0 \
-		--nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval.cfg notebooks
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=120 notebooks
 
 lab: $(SETUP)
 	$(BIN)/jupyter lab notebooks/00_start_here.ipynb

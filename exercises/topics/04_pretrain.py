@@ -312,11 +312,6 @@ def end_in_front(documents, block, end_id):
     return cut([token for document in documents for token in [end_id, *document]], block)
 
 
-def end_only_between(documents, block, end_id):
-    """The last document has no end in your stream, only those that have a neighbour to the right."""
-    return cut(joined(documents, end_id)[:-1], block)
-
-
 def no_end(documents, block, end_id):
     """Your documents run into each other; nothing tells the model that a new one begins."""
     return cut([token for document in documents for token in document], block)
@@ -339,7 +334,7 @@ def rest_padded(documents, block, end_id):
 
 
 def last_block_lost(documents, block, end_id):
-    """When the stream ends exactly with a block, you lose that block."""
+    """When the stream just fills its last block, you lose that block: is the last document's end in the stream, and does your range reach far enough?"""  # fmt: skip
     stream = joined(documents, end_id)
     return [stream[i : i + block] for i in range(0, len(stream) - block, block - 1)]
 
@@ -371,8 +366,8 @@ the guess at 0 is based on.
         "`range(start, stop, step)` with the step `block - 1`. Which start is the last that still has "
         "`block` tokens after it?",
     ],
-    mistakes=[no_overlap, end_in_front, end_only_between, no_end, each_document_alone, rest_kept,
-              rest_padded, last_block_lost, sliding_window],
+    mistakes=[no_overlap, end_in_front, no_end, each_document_alone, rest_kept, rest_padded,
+              last_block_lost, sliding_window],
     discussion="`minimind.data.pack` does the same lazily. Documents of one block can see each other; at "
     "this size that does no measurable harm, and large models mask it.",
 )  # fmt: skip
@@ -566,10 +561,17 @@ TOKENIZERS = {"letters": by_letters, "pairs": by_pairs, "words": by_words}
 
 def compare_tokenizers_cases(seed: int) -> list[tuple]:
     draw = random.Random(seed)
-    names, jobs = ["Quin", "Molla", "小红", "Takko"], ["baker", "painter", "sailor", "画画"]
-    facts = [f"The job of {n} is {j}. I like the {j}. {n} likes me too." for n in names for j in jobs]
-    train, heldout = (" ".join(draw.choices(facts, k=k)) for k in (300, 40))
-    return [(train, heldout)]
+    names = ["Quin", "Molla", "Takko", "Bakko", "Rudi", "Jonek", "Stumar", "Gorin", "小红", "Cladel"]
+    things = ["ribbon", "tent", "anchor", "key", "vase", "tile", "kite", "lamp", "drum", "cup"]
+
+    def text(count: int) -> str:
+        return " ".join(
+            f"{draw.choice(names)} {draw.choice(['took', 'lost', 'found'])} the {draw.choice(things)}"
+            f" {draw.choice(['of', 'for', 'near'])} {draw.choice(names)}."
+            for _ in range(count)
+        )
+
+    return [(text(600), text(60))]
 
 
 def run_compare(function, train_text, heldout):
