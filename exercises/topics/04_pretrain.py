@@ -649,7 +649,7 @@ COMPARE_TOKENIZERS = Exercise(
     importance=4,
     minutes=30,
     statement="""
-Two people train a model each. One reports a loss of 0.7, the other 1.4. Who is better? Nobody can
+Two people train a model each. One reports a loss of 1.1, the other 1.6. Who is better? Nobody can
 know, as long as one model guesses letters and the other guesses words: a word is a harder guess, and
 there are fewer of them. **Bits per byte** is the number to compare: all the information the text cost,
 over the bytes of the text. It is also the size to which the model could compress it, in bits.
@@ -667,9 +667,10 @@ words stop being the best?
     ],
     mistakes=[still_in_nats, per_character, per_token, trained_on_heldout],
     discussion="""
-On this text letters have the smallest loss and the most bits per byte; words turn both round. A longer
-token sees further back, which helps a model that only looks at one neighbour; but rare words must have
-been seen, which needs much text. This is why the course reports bits per byte wherever it can.
+On this text pairs have the smallest loss; letters and words have nearly the same one, and yet words
+need about a fifth of the letters' bits per byte. A longer token sees further back, which helps a model
+that looks at one neighbour only; but every word must have been seen, which needs much text. This is
+why the course reports bits per byte wherever it can.
 """,
 )  # fmt: skip
 
