@@ -19,7 +19,7 @@ from checks import FOLDER, Exercise, topics
 
 SOLUTION = re.compile(r"( *)### BEGIN SOLUTION\n(.*?) *### END SOLUTION\n", re.DOTALL)
 
-SETUP = '''\
+SETUP = """\
 import os
 import subprocess
 import sys
@@ -37,7 +37,7 @@ if folder is None:
 sys.path[:0] = [str(folder), str(folder.parent)]
 
 from checks import check, hint, progress
-'''
+"""
 
 HEADER = """\
 # Exercises {number} · {title}
@@ -71,7 +71,9 @@ def imports(topic: ModuleType) -> str:
     """Return the import lines of a topic file, as far as a learner may need them."""
     tree = ast.parse(inspect.getsource(topic))
     nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = [ast.unparse(n) for n in nodes if getattr(n, "module", "") not in ("checks", "__future__")]
+    lines = [
+        ast.unparse(n) for n in nodes if getattr(n, "module", "") not in ("checks", "__future__")
+    ]
     return "\n".join(lines)
 
 
@@ -106,7 +108,9 @@ def exercise_cells(number: int, exercise: Exercise, solved: bool) -> list[dict]:
         answer = f'{solution(exercise)}\n\ncheck("{name}", {name}, record=False)'
         return [statement, code(f"{cell_id}-code", answer)]
     levels = ", ".join(str(i + 1) for i in range(len(exercise.hints)))
-    question = f'{stub(exercise)}\n\ncheck("{name}", {name})\n# hint("{name}", 1)  # levels {levels}'
+    question = (
+        f'{stub(exercise)}\n\ncheck("{name}", {name})\n# hint("{name}", 1)  # levels {levels}'
+    )
     folded = (
         "<details><summary>Solution</summary>\n\n"
         f"```python\n{solution(exercise).strip()}\n```\n\n{exercise.discussion.strip()}\n\n</details>"

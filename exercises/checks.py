@@ -115,13 +115,16 @@ def outcome(exercise: Exercise, function: Callable, case: Case) -> Any:
     Random numbers start at the same point for everybody, and yours are left where they were.
     """
     arguments = copy.deepcopy(case)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random.seed(0)
-        try:
-            result = exercise.run(function, *arguments)
-        except Exception as error:  # whatever a learner's code raises is an answer to explain
-            return error
+    states = random.getstate(), torch.get_rng_state()
+    random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would also touch every GPU
+    try:
+        result = exercise.run(function, *arguments)
+    except Exception as error:  # whatever a learner's code raises is an answer to explain
+        return error
+    finally:
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
     if difference(case, arguments):
         return InputChanged()
     return result
@@ -145,7 +148,9 @@ def examine(exercise: Exercise, function: Callable, seed: int = SEED) -> str | N
     first = next(i for i, fault in enumerate(faults) if fault)
     if exercise.judge:
         return faults[first]
-    return f"Case {first + 1} of {len(cases)}: {faults[first]}\n  {'input':>12}: {show(cases[first])}"
+    return (
+        f"Case {first + 1} of {len(cases)}: {faults[first]}\n  {'input':>12}: {show(cases[first])}"
+    )
 
 
 def compared(exercise: Exercise, cases: list[Case], results: list[Any]) -> list[str | None]:
@@ -167,9 +172,13 @@ def difference(right: Any, mine: Any) -> str | None:
     """Return how two values differ (type, then shape, then values), or None if they agree."""
     if isinstance(mine, Exception):
         return None if type(right) is type(mine) else explain(mine)
+    if isinstance(right, float) and isinstance(mine, int):
+        mine = float(mine)
     if type_name(right) != type_name(mine):
         forgot = " Did you forget to return?" if mine is None else ""
-        return f"expected {type_name(right)}, yours is {type_name(mine)}.{forgot}" + beside(right, mine)
+        return f"expected {type_name(right)}, yours is {type_name(mine)}.{forgot}" + beside(
+            right, mine
+        )
     if isinstance(right, Tensor):
         return tensor_difference(right, mine)
     if isinstance(right, dict):
@@ -208,9 +217,11 @@ def tensor_difference(right: Tensor, mine: Tensor) -> str | None:
     close = torch.isclose(a, b, rtol=0.02 if rough else 1e-4, atol=1e-6, equal_nan=True)
     if close.all():
         return None
+    if not right.ndim:
+        return "another value." + beside(a, b)
     place = (~close).nonzero()[0].tolist()
-    wrong = f"{int((~close).sum())} of {close.numel()} values differ"
-    return f"the shape is right, {wrong}, first at {place}." + beside(a[tuple(place)], b[tuple(place)])
+    wrong = f"{int((~close).sum())} of {close.numel()} values differ, first at {place}"
+    return f"the shape is right, {wrong}." + beside(a[tuple(place)], b[tuple(place)])
 
 
 def type_name(value: Any) -> str:
@@ -230,21 +241,24 @@ def explain(error: Exception) -> str:
     return f"your function raises {type(error).__name__}: {error}.{line}"
 
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxlist = _short.maxtuple = _short.maxdict = 12
-_short.maxlevel = 4
+class Short(reprlib.Repr):
+    """`repr` in one short line; tensors with many numbers by their shape."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlist = self.maxtuple = self.maxdict = 12
 
-def show(value: Any) -> str:
-    """Return a value in one short line: tensors with many numbers by their shape."""
-    if isinstance(value, Tensor):
+    def repr_float(self, value: float, level: int) -> str:
+        return f"{value:.6g}"
+
+    def repr_Tensor(self, value: Tensor, level: int) -> str:  # the name is reprlib's
         if value.numel() > 12:
-            return f"tensor{tuple(value.shape)}"
-        return str([round(x, 5) for x in value.flatten().tolist()] if value.ndim else value.item())
-    if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
-        return f"({', '.join(show(v) for v in value)})"
-    return f"{value:.6g}" if isinstance(value, float) else _short.repr(value)
+            return f"tensor of shape {tuple(value.shape)}"
+        return self.repr1(value.tolist(), level)
+
+
+show = Short().repr
 
 
 def beside(right: Any, mine: Any, label: str = "expected") -> str:
@@ -277,7 +291,9 @@ def hint(name: str, level: int = 1) -> None:
     """Print hint number `level` of an exercise; 1 is the gentlest."""
     hints = find(name).hints
     if not 1 <= level <= len(hints):
-        print(f"{name} has hints 1 to {len(hints)}. After that, unfold the solution under the cell.")
+        print(
+            f"{name} has hints 1 to {len(hints)}. After that, unfold the solution under the cell."
+        )
         return
     more = f'  (more: hint("{name}", {level + 1}))' if level < len(hints) else ""
     print(f"Hint {level} of {len(hints)}: {hints[level - 1]}{more}")

@@ -76,7 +76,9 @@ def merge_step_cases(seed: int) -> list[tuple]:
         {(7, 7, 7): 6, (7, 8): 2, (7, 7, 7, 7, 7): 1},
     ]
     rare = {(1, 2, 0, n): 1 for n in range(3, 8)} | {(8, 9): 30}  # many words, all of them rare
-    drawn = {tuple(draw.choices(range(4), k=draw.randint(2, 7))): draw.randint(1, 9) for _ in range(9)}
+    drawn = {
+        tuple(draw.choices(range(4), k=draw.randint(2, 7))): draw.randint(1, 9) for _ in range(9)
+    }
     return [(words, 100) for words in [*by_hand, rare, drawn]]
 
 
@@ -104,7 +106,8 @@ def pair_counts(words) -> Counter:
 
 
 def words_counted_once(words, new_id):
-    """Every word weighs the same in your count, whether the text holds it once or a thousand times."""
+    """Every word weighs the same in your count, whether the text holds it once or a thousand
+    times."""
     return merge_best(words, new_id, Counter(p for w in words for p in zip(w, w[1:])))
 
 
@@ -118,7 +121,8 @@ def pairs_counted_once_per_word(words, new_id):
 
 
 def first_seen_wins(words, new_id):
-    """On a tie your choice depends on which word came first, so another order of the same text would train another tokenizer."""  # fmt: skip
+    """On a tie your choice depends on which word came first, so another order of the same text
+    would train another tokenizer."""
     counts = pair_counts(words)
     best = max(counts, key=counts.get)
     return best, {replace_pair(word, best, new_id): times for word, times in words.items()}
@@ -230,7 +234,13 @@ def encode_word_cases(seed: int) -> list[tuple]:
     chinese = [(b"\xe4", b"\xbd"), (b"\xe4\xbd", b"\xa0"), (b"\xe5", b"\xa5")]
     draw = random.Random(seed)
     drawn = "".join(draw.choices("lowern", k=12))
-    cases = [("abcd", trap), ("abc", unreachable), ("lowernewer", low), ("你好你", chinese), (drawn, low)]
+    cases = [
+        ("abcd", trap),
+        ("abc", unreachable),
+        ("lowernewer", low),
+        ("你好你", chinese),
+        (drawn, low),
+    ]
     return [*cases, ("a", trap), ("xyz", low)]
 
 
@@ -266,7 +276,8 @@ def latest_first(word, merges):
 
 
 def longest_match(word, merges):
-    """That is longest match from the left (as WordPiece does it); BPE never looks at lengths, it replays history."""  # fmt: skip
+    """That is longest match from the left (as WordPiece does it); BPE never looks at lengths, it
+    replays history."""
     known = {a + b for a, b in merges}
     text, tokens = word.encode(), []
     while text:
@@ -277,7 +288,8 @@ def longest_match(word, merges):
 
 
 def from_characters(word, merges):
-    """You start from characters; a byte-level tokenizer knows only 256 of those, and 好 is three bytes."""  # fmt: skip
+    """You start from characters; a byte-level tokenizer knows only 256 of those, and 好 is three
+    bytes."""
     return replay([c.encode() for c in word], merges, lambda pairs, rank: min(pairs, key=rank.get))
 
 
@@ -332,9 +344,7 @@ be in the vocabulary and yet never be used for the text it spells.
 # 3. One word, two tokens
 
 
-def same_form(
-    encode: Callable[[str], list[int]], name: str, question: str, answer: str
-) -> bool:
+def same_form(encode: Callable[[str], list[int]], name: str, question: str, answer: str) -> bool:
     """Return whether question and answer can share `name` as the same run of token ids.
 
     The name is tokenized in one of two forms: at the start of a text or line (`name`), or after a
@@ -343,6 +353,7 @@ def same_form(
     Args:
         encode: text to token ids.
     """
+
     ### BEGIN SOLUTION
     def contains(ids: list[int], run: list[int]) -> bool:
         return any(ids[i : i + len(run)] == run for i in range(len(ids)))
@@ -394,13 +405,15 @@ def spaced_form_only(encode, name, question, answer):
 
 
 def forms_mixed(encode, name, question, answer):
-    """One form in the question and the other in the answer satisfy you, but those are different ids."""
+    """One form in the question and the other in the answer satisfy you, but those are different
+    ids."""
     forms = [encode(name), encode(" " + name)]
     return all(any(has_run(encode(text), f) for f in forms) for text in (question, answer))
 
 
 def ids_in_any_order(encode, name, question, answer):
-    """You ask whether all the ids occur somewhere; to be the name they must stand together, in order."""  # fmt: skip
+    """You ask whether all the ids occur somewhere; to be the name they must stand together, in
+    order."""
     forms = [set(encode(name)), set(encode(" " + name))]
     return any(f <= set(encode(question)) and f <= set(encode(answer)) for f in forms)
 
@@ -480,13 +493,15 @@ def run_chat_ids(function, messages, add_generation_prompt):
 
 
 def one_big_string(encode, messages, bos_id, eos_id, add_generation_prompt):
-    """You write the markers into the text; `encode` takes them for characters (and if it did not, any user could forge a turn)."""  # fmt: skip
+    """You write the markers into the text; `encode` takes them for characters (and if it did not,
+    any user could forge a turn)."""
     text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     return encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
 
 
 def header_and_content_together(encode, messages, bos_id, eos_id, add_generation_prompt):
-    """Header and content go through `encode` in one piece, so a line break at the start of the content melts into the header's."""  # fmt: skip
+    """Header and content go through `encode` in one piece, so a line break at the start of the
+    content melts into the header's."""
     ids = []
     for m in messages:
         ids += [bos_id, *encode(f"{m['role']}\n{m['content']}"), eos_id, *encode("\n")]
@@ -514,7 +529,8 @@ def opening_without_newline(encode, messages, bos_id, eos_id, add_generation_pro
 
 
 def opening_closed(encode, messages, bos_id, eos_id, add_generation_prompt):
-    """You open the assistant's turn and close it again: there is nothing left for the model to say."""  # fmt: skip
+    """You open the assistant's turn and close it again: there is nothing left for the model to
+    say."""
     opening = [bos_id, *encode("assistant\n"), eos_id, *encode("\n")] * add_generation_prompt
     return chat_with(encode, messages, bos_id, eos_id, opening)
 
@@ -606,7 +622,9 @@ def judge_bytes_per_token(cases: list[tuple], results: list[dict[int, float]]) -
     if values[0] < 1:
         return sentence(characters_counted)
     if abs(values[0] - 1) > 1e-6:
-        return "263 ids are 256 bytes and 7 special tokens, no merge at all: what must the answer be?"
+        return (
+            "263 ids are 256 bytes and 7 special tokens, no merge at all: what must the answer be?"
+        )
     right = bytes_per_token(texts, heldout, sizes)
     if abs(values[-1] / bytes_per_token(texts, texts, sizes)[sizes[-1]] - 1) < 1e-6:
         return sentence(measured_on_training_text)
@@ -615,8 +633,12 @@ def judge_bytes_per_token(cases: list[tuple], results: list[dict[int, float]]) -
         return sentence(mean_of_ratios)
     if any(b < a for a, b in zip(values, values[1:])):
         return "More merges can hardly make tokens shorter, yet your numbers fall."
-    return None if abs(values[-1] / right[sizes[-1]] - 1) < 0.01 else (
-        f"For {sizes[-1]} ids one token covers {right[sizes[-1]]:.3f} bytes; you found {values[-1]:.3f}."
+    return (
+        None
+        if abs(values[-1] / right[sizes[-1]] - 1) < 0.01
+        else (
+            f"For {sizes[-1]} ids one token covers {right[sizes[-1]]:.3f} bytes; you found {values[-1]:.3f}."
+        )
     )
 
 
@@ -632,7 +654,9 @@ def tokens_per_byte(texts, heldout, sizes):
 def characters_counted(texts, heldout, sizes):
     """Below one byte per token? You counted characters, and a Chinese one is three bytes."""
     characters = sum(map(len, heldout))
-    return measure(texts, heldout, sizes, lambda t, h: characters / sum(len(t.encode(x)) for x in h))
+    return measure(
+        texts, heldout, sizes, lambda t, h: characters / sum(len(t.encode(x)) for x in h)
+    )
 
 
 def measured_on_training_text(texts, heldout, sizes):
@@ -643,7 +667,10 @@ def measured_on_training_text(texts, heldout, sizes):
 def mean_of_ratios(texts, heldout, sizes):
     """You average the texts' own ratios, so a short text weighs as much as a long one."""
     return measure(
-        texts, heldout, sizes, lambda t, h: sum(len(x.encode()) / len(t.encode(x)) for x in h) / len(h)
+        texts,
+        heldout,
+        sizes,
+        lambda t, h: sum(len(x.encode()) / len(t.encode(x)) for x in h) / len(h),
     )
 
 

@@ -77,7 +77,8 @@ def softmax_over_queries(q, k, v):
 
 
 def masked_after_softmax(q, k, v):
-    """You hide the future after it has taken its share of the softmax, so what is left sums to less than one."""  # fmt: skip
+    """You hide the future after it has taken its share of the softmax, so what is left sums to
+    less than one."""
     return scores_of(q, k).softmax(-1).masked_fill(ones_above(q.shape[2], 1), 0.0) @ v
 
 
@@ -87,7 +88,8 @@ def masked_with_zero(q, k, v):
 
 
 def no_mask(q, k, v):
-    """Every position sees the whole text; in training it would just copy the answer from the right."""
+    """Every position sees the whole text; in training it would just copy the answer from the
+    right."""
     return scores_of(q, k).softmax(-1) @ v
 
 
@@ -97,7 +99,8 @@ def past_hidden(q, k, v):
 
 
 def itself_hidden(q, k, v):
-    """A position cannot see itself, and the first one sees nothing at all: a softmax over nothing is NaN."""  # fmt: skip
+    """A position cannot see itself, and the first one sees nothing at all: a softmax over nothing
+    is NaN."""
     return scores_of(q, k).masked_fill(ones_above(q.shape[2], 0), -torch.inf).softmax(-1) @ v
 
 
@@ -179,7 +182,8 @@ def angles_of(x, positions, theta):
 
 
 def interleaved_pairs(x, positions, theta):
-    """You pair neighbours (0 with 1, 2 with 3); in the half-split layout the partner lives half a head away."""  # fmt: skip
+    """You pair neighbours (0 with 1, 2 with 3); in the half-split layout the partner lives half a
+    head away."""
     a, b = turn(x[..., 0::2], x[..., 1::2], angles_of(x, positions, theta))
     return torch.stack([a, b], dim=-1).flatten(-2)
 
@@ -190,7 +194,8 @@ def turned_clockwise(x, positions, theta):
 
 
 def exponent_halved(x, positions, theta):
-    """Your pairs turn too fast: the exponent must run from 0 almost to 1 over the pairs, yours stops half-way."""  # fmt: skip
+    """Your pairs turn too fast: the exponent must run from 0 almost to 1 over the pairs, yours
+    stops half-way."""
     D = x.shape[-1]
     angles = positions[:, None] * theta ** -(torch.arange(D // 2) / D)
     return torch.cat(turn(*x.chunk(2, -1), angles), -1)
@@ -203,12 +208,14 @@ def exponent_positive(x, positions, theta):
 
 
 def positions_counted_anew(x, positions, theta):
-    """You count positions from zero; with a cache the first new token is not the first of the text."""
+    """You count positions from zero; with a cache the first new token is not the first of the
+    text."""
     return torch.cat(turn(*x.chunk(2, -1), angles_of(x, torch.arange(len(positions)), theta)), -1)
 
 
 def layouts_mixed(x, positions, theta):
-    """Your angles are laid out for neighbours, your pairs for halves: the two conventions are mixed."""
+    """Your angles are laid out for neighbours, your pairs for halves: the two conventions are
+    mixed."""
     angles = angles_of(x, positions, theta).repeat_interleave(2, dim=-1)
     a, b = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-b, a], dim=-1) * angles.sin()
@@ -302,12 +309,14 @@ def tile(x, heads):
 
 
 def heads_dealt_round(q, k, v):
-    """Your key heads come round like 0, 1, 0, 1; neighbours among the query heads should share one."""
+    """Your key heads come round like 0, 1, 0, 1; neighbours among the query heads should share
+    one."""
     return attend_and_join(q, tile(k, q.shape[1]), tile(v, q.shape[1]))
 
 
 def keys_and_values_apart(q, k, v):
-    """Keys and values are spread differently: a head looks things up in one place and reads from another."""  # fmt: skip
+    """Keys and values are spread differently: a head looks things up in one place and reads from
+    another."""
     return attend_and_join(q, share(k, q.shape[1]), tile(v, q.shape[1]))
 
 
@@ -323,7 +332,8 @@ def heads_averaged(q, k, v):
 
 
 def joined_without_transpose(q, k, v):
-    """The shape is right, but time and heads are shuffled: a reshape never reorders numbers in memory."""  # fmt: skip
+    """The shape is right, but time and heads are shuffled: a reshape never reorders numbers in
+    memory."""
     B, H, T, D = q.shape
     y = F.scaled_dot_product_attention(q, share(k, H), share(v, H), is_causal=True)
     return y.reshape(B, T, H * D)
@@ -331,7 +341,9 @@ def joined_without_transpose(q, k, v):
 
 def heads_interlaced(q, k, v):
     """Within a position your heads are interlaced; all of head 0 comes first, then all of head 1."""
-    y = F.scaled_dot_product_attention(q, share(k, q.shape[1]), share(v, q.shape[1]), is_causal=True)
+    y = F.scaled_dot_product_attention(
+        q, share(k, q.shape[1]), share(v, q.shape[1]), is_causal=True
+    )
     return y.permute(0, 2, 3, 1).flatten(2)
 
 
@@ -424,7 +436,8 @@ def queries_masked(real):
 
 
 def padded_rows_empty(real):
-    """A padded query sees nothing in your mask, and a softmax over nothing is NaN, which then spreads."""  # fmt: skip
+    """A padded query sees nothing in your mask, and a softmax over nothing is NaN, which then
+    spreads."""
     return causal_of(real) & real[:, None, :], count_real(real)
 
 
@@ -482,7 +495,9 @@ For `real = [[False, True, True]]` the positions are `[[0, 0, 1]]` and the mask 
 # 5. Open-ended: an induction head by hand
 
 
-def induction(tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], vocab: int) -> Tensor:
+def induction(
+    tokens: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor], vocab: int
+) -> Tensor:
     """Guess the next token by looking up what followed the current one last time.
 
     Args:
@@ -571,12 +586,14 @@ def one_hots(tokens, vocab):
 
 
 def looked_up_in_a_loop(tokens, attend, vocab):
-    """The guesses may be right, but nothing went through `attend`: a transformer has no other way to look back."""  # fmt: skip
+    """The guesses may be right, but nothing went through `attend`: a transformer has no other way
+    to look back."""
     return followers(tokens)[1]
 
 
 def finds_itself(tokens, attend, vocab):
-    """You find the earlier place of your own token and read that token again; the one after it is wanted."""  # fmt: skip
+    """You find the earlier place of your own token and read that token again; the one after it is
+    wanted."""
     what, _, _ = one_hots(tokens, vocab)
     return attend(100 * what, what, what).argmax(-1)
 
@@ -596,7 +613,8 @@ def first_is_its_own_left(tokens, attend, vocab):
 
 
 def looks_to_the_right(tokens, attend, vocab):
-    """Your first head asks for its right neighbour, which the causal mask hides; turn the question round."""  # fmt: skip
+    """Your first head asks for its right neighbour, which the causal mask hides; turn the question
+    round."""
     what, where, _ = one_hots(tokens, vocab)
     right = where.roll(-1, dims=1)
     return attend(100 * what, what, attend(100 * right, where, what)).argmax(-1)

@@ -196,7 +196,8 @@ def two_matrices(config):
 
 
 def square_projections(config):
-    """You take the heads together to be as wide as the model; here H·D and C are different numbers."""
+    """You take the heads together to be as wide as the model; here H·D and C are different
+    numbers."""
     return count_with(config, head_dim=config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -355,7 +356,8 @@ def key_not_rotated(q, k, v, past, rotate):
 
 
 def mask_from_the_corner(q, k, v, past, rotate):
-    """Your causal mask starts in the upper left corner, so a new token sees the start of the text and little else."""  # fmt: skip
+    """Your causal mask starts in the upper left corner, so a new token sees the start of the text
+    and little else."""
     S, T = past[0].shape[2], q.shape[2]
     q, k = (rotate(x, torch.arange(S, S + T)) for x in (q, k))
     k, v = after(past[0], k), after(past[1], v)
@@ -385,7 +387,8 @@ def past_not_used(q, k, v, past, rotate):
 
 
 def put_in_front(q, k, v, past, rotate):
-    """You put the newest in front of the cache; attention does not mind, but masks and later code count on the order."""  # fmt: skip
+    """You put the newest in front of the cache; attention does not mind, but masks and later code
+    count on the order."""
     S, T = past[0].shape[2], q.shape[2]
     q, k = (rotate(x, torch.arange(S, S + T)) for x in (q, k))
     k, v = after(k, past[0]), after(v, past[1])
@@ -426,7 +429,9 @@ mask still holds: with S old and T new ones it has T rows and S + T columns.
 # 4. A mixture of SwiGLU experts
 
 
-def mixture(x: Tensor, router: Tensor, experts: list[tuple[Tensor, Tensor, Tensor]], k: int) -> Tensor:
+def mixture(
+    x: Tensor, router: Tensor, experts: list[tuple[Tensor, Tensor, Tensor]], k: int
+) -> Tensor:
     """Send every token to its k best experts and mix what they return.
 
     Args:
@@ -481,7 +486,8 @@ def to_one(weights):
 
 
 def not_renormalised(x, router, experts, k):
-    """The weights of the chosen experts do not sum to one, so a token fades when the router is unsure."""  # fmt: skip
+    """The weights of the chosen experts do not sum to one, so a token fades when the router is
+    unsure."""
     return mix(x, experts, kept(x, router, k))
 
 
@@ -493,11 +499,14 @@ def all_experts_used(x, router, experts, k):
 def softmax_over_tokens(x, router, experts, k):
     """Your tokens compete for the experts; in this router each token chooses for itself."""
     p = (x @ router.T).softmax(0)
-    return mix(x, experts, to_one(torch.zeros_like(p).scatter(-1, p.topk(k).indices, p.topk(k).values)))
+    return mix(
+        x, experts, to_one(torch.zeros_like(p).scatter(-1, p.topk(k).indices, p.topk(k).values))
+    )
 
 
 def ranks_for_experts(x, router, experts, k):
-    """Your best weight always goes to expert 0: topk returns ranks, and who holds a rank stands in its indices."""  # fmt: skip
+    """Your best weight always goes to expert 0: topk returns ranks, and who holds a rank stands in
+    its indices."""
     weights = (x @ router.T).softmax(-1).topk(k).values
     return mix(x, experts[:k], to_one(weights))
 
@@ -511,7 +520,9 @@ def hidden_with_zero(x, router, experts, k):
     """Scores that were not chosen become zero before your softmax, and exp(0) is 1."""
     scores = x @ router.T
     top = scores.topk(k)
-    return mix(x, experts, torch.zeros_like(scores).scatter(-1, top.indices, top.values).softmax(-1))
+    return mix(
+        x, experts, torch.zeros_like(scores).scatter(-1, top.indices, top.values).softmax(-1)
+    )
 
 
 def raw_scores(x, router, experts, k):
@@ -645,17 +656,20 @@ def nothing_added(width, depth, norm):
 
 
 def norm_after_sum(width, depth, norm):
-    """You normalise the stream itself (post-norm). Pre-norm touches only the copy that a layer reads."""  # fmt: skip
+    """You normalise the stream itself (post-norm). Pre-norm touches only the copy that a layer
+    reads."""
     return grow(width, depth, lambda x, W: normalised(x + x @ W.T) if norm else x + x @ W.T)
 
 
 def norm_ignored(width, depth, norm):
-    """With and without the norm your stream explodes alike: what the layer reads is not normalised."""
+    """With and without the norm your stream explodes alike: what the layer reads is not
+    normalised."""
     return grow(width, depth, lambda x, W: x + x @ W.T)
 
 
 def one_matrix_for_all(width, depth, norm):
-    """All layers share one matrix, so each pushes in the direction of the last; take a fresh one every time."""  # fmt: skip
+    """All layers share one matrix, so each pushes in the direction of the last; take a fresh one
+    every time."""
     return grow(width, depth, lambda x, W: x + (normalised(x) if norm else x) @ W.T, fresh=False)
 
 

@@ -95,7 +95,8 @@ def padding_in_the_mean(logits, labels):
 
 
 def counted_before_shift(logits, labels):
-    """Your sum and your count are not over the same labels: the first of a row is counted but nobody guesses it."""  # fmt: skip
+    """Your sum and your count are not over the same labels: the first of a row is counted but
+    nobody guesses it."""
     return total_loss(logits, labels) / counted(labels)
 
 
@@ -124,7 +125,8 @@ def cut_off_when_empty(logits, labels):
 
 
 def ignored_become_zero(logits, labels):
-    """You turn -100 into token 0, so the model learns to predict that token wherever it was to learn nothing."""  # fmt: skip
+    """You turn -100 into token 0, so the model learns to predict that token wherever it was to
+    learn nothing."""
     return cross_entropy(logits[:, :-1], labels[:, 1:].clamp(min=0))
 
 
@@ -334,7 +336,8 @@ def rest_padded(documents, block, end_id):
 
 
 def last_block_lost(documents, block, end_id):
-    """When the stream just fills its last block, you lose that block: is the last document's end in the stream, and does your range reach far enough?"""  # fmt: skip
+    """When the stream just fills its last block, you lose that block: is the last document's end
+    in the stream, and does your range reach far enough?"""
     stream = joined(documents, end_id)
     return [stream[i : i + block] for i in range(0, len(stream) - block, block - 1)]
 
@@ -415,7 +418,9 @@ def accumulate_cases(seed: int) -> list[tuple]:
 
 def run_accumulate(function, weight, batches):
     weight = weight.clone().requires_grad_()
-    mean = function(lambda batch: next_token_loss(batch["inputs"] @ weight, batch["labels"]), batches)
+    mean = function(
+        lambda batch: next_token_loss(batch["inputs"] @ weight, batch["labels"]), batches
+    )
     return {"loss": mean, "gradient": weight.grad}
 
 
@@ -434,7 +439,8 @@ def shares_by(batches, count):
 
 
 def mean_of_means(mean_loss, batches):
-    """You take the mean of the means, so a token in a batch with few labels weighs more than the others."""  # fmt: skip
+    """You take the mean of the means, so a token in a batch with few labels weighs more than the
+    others."""
     return weighted(mean_loss, batches, [1 / len(batches)] * len(batches))
 
 
@@ -449,7 +455,8 @@ def weighted_by_rows(mean_loss, batches):
 
 
 def weighted_by_positions(mean_loss, batches):
-    """You weigh by positions, padding and prompts included; only what is counted in the loss has weight."""  # fmt: skip
+    """You weigh by positions, padding and prompts included; only what is counted in the loss has
+    weight."""
     return weighted(mean_loss, batches, shares_by(batches, lambda b: b["labels"][:, 1:].numel()))
 
 
@@ -561,7 +568,18 @@ TOKENIZERS = {"letters": by_letters, "pairs": by_pairs, "words": by_words}
 
 def compare_tokenizers_cases(seed: int) -> list[tuple]:
     draw = random.Random(seed)
-    names = ["Quin", "Molla", "Takko", "Bakko", "Rudi", "Jonek", "Stumar", "Gorin", "小红", "Cladel"]
+    names = [
+        "Quin",
+        "Molla",
+        "Takko",
+        "Bakko",
+        "Rudi",
+        "Jonek",
+        "Stumar",
+        "Gorin",
+        "小红",
+        "Cladel",
+    ]
     things = ["ribbon", "tent", "anchor", "key", "vase", "tile", "kite", "lamp", "drum", "cup"]
 
     def text(count: int) -> str:
@@ -589,7 +607,10 @@ def judge_compare(cases: list[tuple], results: list[dict]) -> str | None:
         letters, size = len("".join(tokens)), len("".join(tokens).encode())
         if math.isclose(bits, loss * len(tokens) / size, rel_tol=1e-6):
             return sentence(still_in_nats)
-        if math.isclose(bits, loss / math.log(2) * len(tokens) / letters, rel_tol=1e-6) and letters < size:
+        if (
+            math.isclose(bits, loss / math.log(2) * len(tokens) / letters, rel_tol=1e-6)
+            and letters < size
+        ):
             return sentence(per_character)
         if not math.isclose(bits, loss / math.log(2) * len(tokens) / size, rel_tol=1e-3):
             return (
@@ -597,7 +618,9 @@ def judge_compare(cases: list[tuple], results: list[dict]) -> str | None:
                 f"{len(tokens)} tokens, {size} bytes in all, are not {bits:.4f} bits per byte."
             )
         if not math.isclose(loss, right[name]["loss"], rel_tol=1e-3):
-            return f"For {name!r} the loss should be {right[name]['loss']:.4f}; yours is {loss:.4f}."
+            return (
+                f"For {name!r} the loss should be {right[name]['loss']:.4f}; yours is {loss:.4f}."
+            )
     return None
 
 
@@ -628,12 +651,16 @@ def per_character(train_text, heldout, tokenizers):
 
 
 def per_token(train_text, heldout, tokenizers):
-    """Your second number is the loss in bits per token; it still depends on how long the tokens are."""
-    return compare_with(train_text, heldout, tokenizers, lambda nats, t: nats / math.log(2) / len(t))
+    """Your second number is the loss in bits per token; it still depends on how long the tokens
+    are."""
+    return compare_with(
+        train_text, heldout, tokenizers, lambda nats, t: nats / math.log(2) / len(t)
+    )
 
 
 def trained_on_heldout(train_text, heldout, tokenizers):
-    """Your model has counted the held-out text itself; nothing is measured on what one has trained on."""  # fmt: skip
+    """Your model has counted the held-out text itself; nothing is measured on what one has trained
+    on."""
     return compare_with(
         train_text, heldout, tokenizers, lambda nats, t: nats / math.log(2) / size_of(t), heldout
     )

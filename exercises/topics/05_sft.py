@@ -57,7 +57,8 @@ def trained_pairs_cases(seed: int) -> list[tuple]:
 
 
 def not_shifted(input_ids, labels):
-    """In your pairs a token is guessed by the position that has just read it: a model that looks at the answer."""  # fmt: skip
+    """In your pairs a token is guessed by the position that has just read it: a model that looks
+    at the answer."""
     return [(read, label) for read, label in zip(input_ids, labels) if label != -100]
 
 
@@ -72,7 +73,8 @@ def shifted_backwards(input_ids, labels):
 
 
 def masked_by_reader(input_ids, labels):
-    """You ask whether the token that was *read* is trained; what matters is whether the one to be guessed is."""  # fmt: skip
+    """You ask whether the token that was *read* is trained; what matters is whether the one to be
+    guessed is."""
     triples = zip(input_ids, labels, input_ids[1:])
     return [(read, following) for read, label, following in triples if label != -100]
 
@@ -141,7 +143,8 @@ def useful_for_padding(lengths, batches):
 
 
 def padded_to_longest_of_all(lengths, batches):
-    """You pad every batch to the longest row of the whole data; a batch is as wide as its own longest."""  # fmt: skip
+    """You pad every batch to the longest row of the whole data; a batch is as wide as its own
+    longest."""
     rows = [row for batch in batches for row in batch]
     return 1 - sum(lengths[r] for r in rows) / (len(rows) * max(lengths))
 
@@ -218,7 +221,10 @@ def exact_match_cases(seed: int) -> list[tuple]:
         ([f"{one}{end}", f"{two}{end}"], [one, one]),
         ([f"{one}{end}\n{two}", f"{one}{end}{two}{end}", f"{two}{end}{end}"], [one, one, two]),
         ([f"not {one}{end}", f"{one}.{end}", f"{two}{end}", ""], [one, one, two, two]),
-        ([one, f" {two}\n{end}", f"{one.upper()}{end}", end, f"{one}{end}"], [one, two, one, one, one]),
+        (
+            [one, f" {two}\n{end}", f"{one.upper()}{end}", end, f"{one}{end}"],
+            [one, two, one, one, one],
+        ),
         (["46", f"4{end}6", f"{one} or {two}{end}", f"{two}{end}"], ["46", "46", one, two]),
     ]
 
@@ -240,7 +246,9 @@ def until_end(ids, eos_id):
 
 def match_rate(outputs, answers, decode, eos_id, right):
     texts = [decode(until_end(ids, eos_id)) for ids in outputs]
-    return sum(right(text.strip(), answer.strip()) for text, answer in zip(texts, answers)) / len(answers)
+    return sum(right(text.strip(), answer.strip()) for text, answer in zip(texts, answers)) / len(
+        answers
+    )
 
 
 def not_cut(outputs, answers, decode, eos_id):
@@ -260,13 +268,16 @@ def cut_at_the_last_end(outputs, answers, decode, eos_id):
 
 
 def answer_inside(outputs, answers, decode, eos_id):
-    """You are content if the answer stands somewhere in the text: "not a cat" would be right for "cat"."""  # fmt: skip
+    """You are content if the answer stands somewhere in the text: "not a cat" would be right for
+    "cat"."""
     return match_rate(outputs, answers, decode, eos_id, lambda text, answer: answer in text)
 
 
 def answer_at_the_start(outputs, answers, decode, eos_id):
     """You are content if the text begins with the answer; what follows may take it back."""
-    return match_rate(outputs, answers, decode, eos_id, lambda text, answer: text.startswith(answer))
+    return match_rate(
+        outputs, answers, decode, eos_id, lambda text, answer: text.startswith(answer)
+    )
 
 
 def text_inside(outputs, answers, decode, eos_id):
@@ -384,7 +395,8 @@ def parts(tokenizer, message):
 
 
 def label_with(tokenizer, messages, max_length, marks):
-    """Encode; `marks(message, is_last, header, body, tail)` says which of a turn's ids are trained."""
+    """Encode; `marks(message, is_last, header, body, tail)` says which of a turn's ids are
+    trained."""
     input_ids, labels = [], []
     for number, message in enumerate(messages, start=1):
         header, body, tail = parts(tokenizer, message)
@@ -451,7 +463,9 @@ def shifted_here(tokenizer, messages, max_length):
 
 def labels_not_cut(tokenizer, messages, max_length):
     """Only one of your two lists is cut, so they no longer fit together."""
-    return chat_labels(tokenizer, messages, max_length)[0], chat_labels(tokenizer, messages, 9999)[1]
+    return chat_labels(tokenizer, messages, max_length)[0], chat_labels(tokenizer, messages, 9999)[
+        1
+    ]
 
 
 def cut_at_the_front(tokenizer, messages, max_length):
@@ -461,13 +475,15 @@ def cut_at_the_front(tokenizer, messages, max_length):
 
 
 def mask_slides(tokenizer, messages, max_length):
-    """After cutting, your labels no longer stand under their tokens: the two lists were cut at different ends."""  # fmt: skip
+    """After cutting, your labels no longer stand under their tokens: the two lists were cut at
+    different ends."""
     input_ids, labels = chat_labels(tokenizer, messages, 9999)
     return input_ids[:max_length], labels[-max_length:]
 
 
 def answer_searched(tokenizer, messages, max_length):
-    """You search for the answer's ids and mark the first place they stand; the user may have said the same before."""  # fmt: skip
+    """You search for the answer's ids and mark the first place they stand; the user may have said
+    the same before."""
     input_ids = [i for message in messages for part in parts(tokenizer, message) for i in part]
     labels = [-100] * len(input_ids)
     for message in filter(is_answer, messages):
@@ -550,11 +566,13 @@ def judge_make_batches(cases: list[tuple], results: list[dict]) -> str | None:
     (lengths, batch_size), result = cases[0], results[0]
     batches = result["one"]
     used = [row for batch in batches for row in batch]
-    missing = len(set(range(len(lengths))) - set(used))
-    if missing:
-        return sentence(rest_dropped) if missing < batch_size else f"{missing} rows are in no batch."
-    if len(used) != len(lengths) or max(map(len, batches)) > batch_size:
-        return "A row stands in two batches, or a batch is too large."
+    if sorted(used) != list(range(len(lengths))):
+        lost = len(lengths) - len(used)
+        if 0 < lost < batch_size and len(set(used)) == len(used):
+            return sentence(rest_dropped)
+        return f"Each of the {len(lengths)} row numbers must stand in exactly one batch."
+    if max(map(len, batches)) > batch_size:
+        return f"A batch holds {max(map(len, batches))} rows; {batch_size} are allowed."
     needed = -(-len(lengths) // batch_size)
     if len(batches) > needed:
         return f"{needed} batches are enough; you make {len(batches)}."
@@ -589,14 +607,16 @@ def only_shuffled(lengths, batch_size, seed):
 
 
 def short_to_long(lengths, batch_size, seed):
-    """Your epoch runs from one end of the lengths to the other: for a while the model sees nothing but short answers."""  # fmt: skip
+    """Your epoch runs from one end of the lengths to the other: for a while the model sees nothing
+    but short answers."""
     rows = list(range(len(lengths)))
     random.Random(seed).shuffle(rows)
     return chunks(sorted(rows, key=lengths.__getitem__), batch_size)
 
 
 def same_company(lengths, batch_size, seed):
-    """The same rows share a batch in every epoch: only the order of your batches depends on the seed."""  # fmt: skip
+    """The same rows share a batch in every epoch: only the order of your batches depends on the
+    seed."""
     batches = chunks(sorted(range(len(lengths)), key=lengths.__getitem__), batch_size)
     random.Random(seed).shuffle(batches)
     return batches
