@@ -183,12 +183,14 @@ def difference(right: Any, mine: Any) -> str | None:
         return tensor_difference(right, mine)
     if isinstance(right, dict):
         if right.keys() != mine.keys():
-            return "other keys." + beside(list(right), list(mine))
+            return "the keys differ." + beside(list(right), list(mine))
         return first_difference({f"[{k!r}]": (v, mine[k]) for k, v in right.items()})
     if isinstance(right, list | tuple):
         if len(right) != len(mine):
             return f"expected {len(right)} items, yours has {len(mine)}." + beside(right, mine)
-        return first_difference({f"[{i}]": p for i, p in enumerate(zip(right, mine))})
+        fault = first_difference({f"[{i}]": p for i, p in enumerate(zip(right, mine))})
+        flat = not any(isinstance(item, Tensor | list | tuple | dict) for item in right)
+        return "the items differ." + beside(right, mine) if fault and flat else fault
     if isinstance(right, float):
         same = math.isclose(right, mine, rel_tol=1e-5, abs_tol=1e-9)
         same = same or (math.isnan(right) and math.isnan(mine))
@@ -239,7 +241,7 @@ def explain(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if FOLDER not in Path(frame.filename).parents]
     line = f" Look at the line `{mine[0].line}`." if mine and mine[0].line else ""
-    return f"your function raises {type(error).__name__}: {error}.{line}"
+    return f"your function raises {type(error).__name__}: {str(error).rstrip('.')}.{line}"
 
 
 class Short(reprlib.Repr):
@@ -254,7 +256,7 @@ class Short(reprlib.Repr):
         return f"{value:.6g}"
 
     def repr_Tensor(self, value: Tensor, level: int) -> str:  # the name is reprlib's
-        if value.numel() > 12:
+        if value.numel() > 8:
             return f"tensor of shape {tuple(value.shape)}"
         return self.repr1(value.tolist(), level)
 

@@ -64,7 +64,7 @@ def run_with_gradient(function, logits, labels):
     connected = isinstance(loss, Tensor) and loss.requires_grad
     if connected:
         loss.backward()
-    return {"loss": loss, "connected": connected, "gradient": logits.grad}
+    return {"loss": loss, "requires_grad": connected, "gradient": logits.grad}
 
 
 def cross_entropy(logits, labels, **options):
