@@ -653,7 +653,7 @@ circuit say after `A B C A D A`? Can you make it prefer the latest `A`? Can you 
     discussion="""
 After `A B C A D A` both followers get half the weight; adding a little of the position to the keys
 of head 2 makes the latest one win. One head cannot do it: the `B` must carry its left neighbour before
-it can be found by it, and that takes a layer of its own. This is why one-layer models cannot copy.
+it can be found by it, and that takes a layer of its own: one-layer models have no induction heads.
 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Olsson et al.,
 arXiv 2209.11895.)
 """,
