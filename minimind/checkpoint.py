@@ -52,11 +52,14 @@ def weight_path(out_dir: str | Path, weight: str, hidden_size: int) -> Path:
 
 
 def save_weight(
-    path: Path, model: MiniMind, tokenizer: Tokenizer, stages: list[dict], metrics: dict
-) -> None:
-    """Write the state dict and its sidecar json."""
-    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    path: Path, model: MiniMind, tokenizer: Tokenizer, stages: list[dict], metrics: dict,
+    saved: Callable[[MiniMind], dict[str, Tensor]] | None = None, more: dict | None = None,
+) -> None:  # fmt: skip
+    """Write the state dict (or the part of it that `saved` returns) and its sidecar json."""
+    state = saved(model) if saved else model.state_dict()
+    state = {name: tensor.detach().float().cpu() for name, tensor in state.items()}
     sidecar = {
+        **(more or {}),
         "config": model.config.to_dict(),
         "stages": stages,
         "metrics": metrics,
@@ -146,7 +149,10 @@ def find_weight(weight: str, out_dir: str | Path = "out") -> Path:
     )
 
 
-STAGE_OF_WEIGHT = {"pretrain": "pretrain", "full_sft": "sft"}
+STAGE_OF_WEIGHT = {
+    "pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo", "reason": "reason",
+    "grpo": "grpo", "spo": "spo", "full_dist": "distill",
+}  # fmt: skip
 
 
 def how_to_make(weight: str, out_dir: str | Path) -> str:

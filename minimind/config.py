@@ -190,7 +190,104 @@ class SFTConfig(TrainConfig):
     learning_rate: float = 5e-7
 
 
-CONFIGS: dict[str, type[TrainConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
+@dataclass
+class LoRAConfig(TrainConfig):
+    """Low-rank adapters on a frozen model, trained like SFT."""
+
+    data_path: str = "dataset/lora_identity.jsonl"
+    from_weight: str = "full_sft"
+    save_weight: str = "lora"
+    epochs: float = 50
+    learning_rate: float = 1e-4
+    lora_r: int = 8
+    lora_alpha: float = 16
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation. `sft_coef` adds so much of the SFT loss on the chosen answer."""
+
+    data_path: str = "dataset/dpo.jsonl"
+    from_weight: str = "full_sft"
+    save_weight: str = "dpo"
+    batch_size: int = 4
+    learning_rate: float = 4e-8
+    max_seq_len: int = 1024
+    beta: float = 0.1
+    sft_coef: float = 0.0
+
+
+@dataclass
+class ReasonConfig(TrainConfig):
+    """Reasoning distillation: SFT with more weight on the four tags."""
+
+    data_path: str = "dataset/r1_mix_1024.jsonl"
+    from_weight: str = "dpo"
+    save_weight: str = "reason"
+    batch_size: int = 8
+    learning_rate: float = 1e-6
+    max_seq_len: int = 720
+    tag_weight: float = 10.0
+    normalizer: str = "tokens"
+
+
+@dataclass
+class GRPOConfig(TrainConfig):
+    """Group relative policy optimisation. `max_seq_len` limits the prompt."""
+
+    data_path: str = "dataset/rlaif-mini.jsonl"
+    from_weight: str = "reason"
+    save_weight: str = "grpo"
+    batch_size: int = 2
+    learning_rate: float = 8e-8
+    max_seq_len: int = 66
+    max_new_tokens: int = 1536
+    num_generations: int = 8
+    beta: float = 0.02
+    clip_eps: float = 0.2
+    reasoning: int = 1
+    reward_model_path: str = ""
+
+
+@dataclass
+class SPOConfig(TrainConfig):
+    """Single-stream policy optimisation. `max_seq_len` limits the prompt."""
+
+    data_path: str = "dataset/rlaif-mini.jsonl"
+    from_weight: str = "reason"
+    save_weight: str = "spo"
+    batch_size: int = 2
+    accumulation_steps: int = 4
+    learning_rate: float = 1e-7
+    max_seq_len: int = 66
+    max_new_tokens: int = 1536
+    beta: float = 0.02
+    reasoning: int = 1
+    reward_model_path: str = ""
+
+
+@dataclass
+class DistillConfig(TrainConfig):
+    """Knowledge distillation: a small student learns the distribution of a larger teacher."""
+
+    data_path: str = "dataset/sft_mini_512.jsonl"
+    save_weight: str = "full_dist"
+    epochs: float = 6
+    learning_rate: float = 5e-6
+    alpha: float = 0.5
+    temperature: float = 1.5
+    teacher_weight: str = "full_sft"
+    teacher_hidden_size: int = 768
+    teacher_num_layers: int = 16
+    student_hidden_size: int = 512
+    student_num_layers: int = 8
+
+
+CONFIGS: dict[str, type[TrainConfig]] = {
+    "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reason": ReasonConfig,
+    "grpo": GRPOConfig, "spo": SPOConfig, "distill": DistillConfig,
+}  # fmt: skip
 
 # What `course` and `tiny` change for every stage, then for each stage.
 _SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
@@ -207,10 +304,55 @@ PRESETS: dict[str, dict[str, dict]] = {
     "course": {
         "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=1.8),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=1.5, batch_size=32),
+        "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
+        "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
+        "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
+        "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
+        "spo": dict(
+            _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
+        ),
+        "distill": dict(
+            _COURSE,
+            learning_rate=1e-3,
+            epochs=6,
+            batch_size=32,
+            teacher_hidden_size=128,
+            teacher_num_layers=4,
+            student_hidden_size=96,
+            student_num_layers=3,
+        ),
     },
     "tiny": {
         "pretrain": dict(_TINY, learning_rate=3e-3, accumulation_steps=1, epochs=0.05),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
+        "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
+        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2),
+        "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
+        "grpo": dict(
+            _TINY,
+            learning_rate=1e-4,
+            epochs=0.01,
+            batch_size=2,
+            num_generations=4,
+            max_new_tokens=16,
+        ),
+        "spo": dict(
+            _TINY,
+            learning_rate=1e-4,
+            epochs=0.02,
+            batch_size=8,
+            accumulation_steps=1,
+            max_new_tokens=16,
+        ),
+        "distill": dict(
+            _TINY,
+            learning_rate=1e-3,
+            epochs=0.2,
+            teacher_hidden_size=64,
+            teacher_num_layers=2,
+            student_hidden_size=48,
+            student_num_layers=2,
+        ),
     },
 }
 
@@ -241,9 +383,10 @@ def preset_settings(stage: str, preset: str) -> dict:
     """Return what a preset changes; the small presets run on the built-in data."""
     if preset == "full":
         return {"tokenizer_path": str(data_samples("tokenizer.json"))}
+    stem = "grpo" if stage == "spo" else stage  # both learn from the same problems
     data = {
-        "data_path": str(data_samples(f"{stage}.jsonl")),
-        "eval_data_path": str(data_samples(f"{stage}_heldout.jsonl")),
+        "data_path": str(data_samples(f"{stem}.jsonl")),
+        "eval_data_path": str(data_samples(f"{stem}_heldout.jsonl")),
         "tokenizer_path": str(data_samples("tokenizer.json")),
     }
     return {**data, **PRESETS[preset][stage]}

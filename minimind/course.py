@@ -19,10 +19,11 @@ from minimind.errors import UserError
 from minimind.evaluate import MEASURES, Answer, most_common_answer, samples
 from minimind.generate import chat
 from minimind.model import MiniMind
+from minimind.stages import STAGES
 from minimind.tokenizer import Tokenizer
 from minimind.trainer import starting_point, train
 
-STAGES_IN_ORDER = tuple(CONFIGS)
+STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in STAGES)
 QUESTIONS = ("Hello!", "What is 17+8?")
 LIMIT_OF_TINY = (
     24  # held-out examples per measure in the tiny preset, which only proves that it runs
@@ -82,7 +83,8 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
         name: {**asdict(measure), "before": before[name].value, "after": measure.value}
         for name, measure in after.items()
     }
-    BASELINES[stage](measures, found, tokenizer)
+    run = {"preset": preset, "seed": seed, "out_dir": out_dir}
+    BASELINES[stage](measures, found, tokenizer, run)
     for measure in measures.values():
         del measure["value"]
     return {
@@ -95,7 +97,9 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
     }
 
 
-def pretrain_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer) -> None:
+def pretrain_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
     """Text: unigram, 5-gram and gzip (the 5-gram is the one to beat). Facts: the commonest answer."""
     texts = {
         name: [row["text"] for row in read_jsonl(data_samples(f"{name}.jsonl"), check_text)]
@@ -107,7 +111,7 @@ def pretrain_baselines(measures: dict, found: Sequence[Answer], tokenizer: Token
     measures["facts_completed"]["baseline"] = most_common_answer(found)
 
 
-def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer) -> None:
+def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict) -> None:
     """The answer to the most similar training question: what a lookup table would say."""
     pairs = [
         (question["content"], answer["content"])
@@ -126,6 +130,7 @@ def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer)
         measure["baseline"] = sum(right) / len(right)
 
 
+# Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {"pretrain": pretrain_baselines, "sft": sft_baselines}
 
 

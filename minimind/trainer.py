@@ -7,7 +7,9 @@ optimizer, the step and the random states, and a resumed run is bit-identical to
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -33,7 +35,7 @@ from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.stages import STAGES
-from minimind.stages.task import Task
+from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, start_trackers
 
@@ -68,7 +70,7 @@ def train(
     """Train one stage and save its weight.
 
     Args:
-        stage: "pretrain" or "sft".
+        stage: one of `pretrain sft lora dpo reason grpo spo distill`.
         preset: "tiny", "course" or "full".
         callback: called as `callback(step, model)` before the first step and after every step;
             for measurements along the way.
@@ -85,14 +87,16 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     model, tokenizer, lineage = starting_point(config)
-    task = STAGES[stage](config, tokenizer)
+    task = STAGES[stage](config, model.to(device), tokenizer)
+    for fault, count in task.warnings.items():
+        print(f"Warning: {count} x {fault}")
     batches = Batches(task.train, config.batch_size, config.seed, task.collate, task.lengths)
-    run = Run(model.to(device).train(), make_optimizer(model, config), make_scaler(config, device))
+    run = Run(model.train(), make_optimizer(model, config), make_scaler(config, device))
 
     name = f"{config.save_weight}_{model.config.hidden_size}"
     resume_path = config.checkpoint_dir / f"{name}_resume.pth"
     if config.from_resume and resume_path.exists():
-        restore(run, resume_path, config)
+        restore(run, task, resume_path, config)
 
     started = time.monotonic()
     fit(run, task, batches, config, name, resume_path, callback)
@@ -100,7 +104,7 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
 
     path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
     lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
-    save_weight(path, model, tokenizer, lineage, metrics)
+    save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
     return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
 
 
@@ -112,22 +116,27 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
     total_steps = ceil(total_batches / k)
     trackers = start_trackers(config, name, run.history)
     progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0)
-    tokens, since = 0, time.monotonic()
+    tokens, since, figures = 0, time.monotonic(), []
     if callback and run.step == 0:
         callback(0, run.model)
 
     while run.step < total_steps:
         group = [batches[m] for m in range(run.step * k, min((run.step + 1) * k, total_batches))]
         lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
-        loss, grad_norm = optimizer_step(run, group, task, lr, config)
+        updates, rolled = [group], {}
+        if task.rollout:
+            updates, rolled = task.rollout(run.model, group, run.step)
+        for update in updates:
+            loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
         run.step += 1
         progress.update()
-        tokens += sum(batch["input_ids"].numel() for batch in group)
+        tokens += sum(batch["input_ids"].numel() for update in updates for batch in update)
+        figures.append({**rolled, **metrics})
 
         last = run.step == total_steps
         if run.step % config.log_interval == 0 or last or run.step == 1:
             row = {"step": run.step, "total_steps": total_steps, "loss": check_finite(loss, run.step),
-                   "lr": lr, "grad_norm": float(grad_norm)}  # fmt: skip
+                   "lr": lr, "grad_norm": float(grad_norm), **mean_figures(figures)}  # fmt: skip
             if config.eval_interval and (
                 run.step % config.eval_interval == 0 or last or run.step == 1
             ):
@@ -137,31 +146,40 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
             for log in trackers:
                 log(row)
             progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
-            tokens, since = 0, time.monotonic()
+            tokens, since, figures = 0, time.monotonic(), []
         if callback:
             callback(run.step, run.model)
         if run.step % config.save_interval == 0 or last:
-            save_resume(run, resume_path, config)
+            save_resume(run, task, resume_path, config)
     progress.close()
+
+
+def mean_figures(figures: list[dict[str, Tensor | float]]) -> dict[str, float]:
+    """Return the mean of every figure over the steps since the last row of the log."""
+    names = {name for step in figures for name in step}
+    values = {name: [float(step[name]) for step in figures if name in step] for name in names}
+    return {name: sum(found) / len(found) for name, found in sorted(values.items())}
 
 
 def optimizer_step(
     run: Run, group: list[Batch], task: Task, lr: float, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """One step on a group of batches; return the loss over all of them and the gradient's norm.
+) -> tuple[Tensor, Metrics, Tensor]:
+    """One step on a group of batches; return loss and metrics over all of them, and the gradient's norm.
 
-    Each batch's mean loss is weighted by its share of what is counted in the whole group.
+    Each batch's means are weighted by its share of what is counted in the whole group.
     """
     device = run.model.device
     total = max(1, sum(task.count(batch) for batch in group))
-    loss_sum = torch.zeros((), device=device)
+    loss_sum, metrics = torch.zeros((), device=device), Counter()
     for batch in group:
         share = task.count(batch) / total
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(config, device):
-            loss = task.loss(run.model, on_device) * share
-        run.scaler.scale(loss).backward()
-        loss_sum += loss.detach()
+            loss, found = task.loss(run.model, on_device)
+        run.scaler.scale(loss * share).backward()
+        loss_sum += loss.detach() * share
+        for metric, value in found.items():
+            metrics[metric] += value.detach() * share
 
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = lr
@@ -171,7 +189,7 @@ def optimizer_step(
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return loss_sum, grad_norm
+    return loss_sum, dict(metrics), grad_norm
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
@@ -206,7 +224,7 @@ def heldout_loss(model: MiniMind, task: Task, config: TrainConfig, limit: int = 
         batch = {name: tensor.to(model.device) for name, tensor in task.collate(examples).items()}
         count = task.count(batch)
         with autocast(config, model.device):
-            loss_sum += float(task.loss(model, batch)) * count
+            loss_sum += float(task.loss(model, batch)[0]) * count
         counted += count
     model.train(was_training)
     return loss_sum / max(counted, 1)
@@ -214,7 +232,12 @@ def heldout_loss(model: MiniMind, task: Task, config: TrainConfig, limit: int = 
 
 def final_metrics(run: Run, task: Task, config: TrainConfig, seconds: float) -> dict[str, float]:
     """Return the figures that are stored with the weight."""
-    metrics = {"loss": run.history[-1]["loss"], "seconds": round(seconds, 1), "steps": run.step}
+    metrics = {
+        "loss": run.history[-1]["loss"],
+        "seconds": round(seconds, 1),
+        "steps": run.step,
+        **task.warnings,
+    }
     if len(task.heldout):
         metrics["heldout_loss"] = heldout_loss(run.model, task, config)
     return metrics
@@ -283,7 +306,7 @@ def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]
             )
     path = find_weight(str(path))
     sidecar = load_sidecar(path)
-    tokenizer = Tokenizer.from_json(__import__("json").dumps(sidecar["tokenizer"]))
+    tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
     model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
     check_shape(model.config, config, path)
     load_state(model, read_tensors(path), path)
@@ -315,13 +338,14 @@ _FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interva
                    "wandb_project"}  # fmt: skip
 
 
-def save_resume(run: Run, path: Path, config: TrainConfig) -> None:
+def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     """Write the resume point: float32 weights, optimizer, step, random states, log."""
     point = {
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "step": run.step,
+        "memory": task.memory.state_dict() if task.memory else {},
         "history": run.history,
         "settings": asdict(config),
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -329,7 +353,7 @@ def save_resume(run: Run, path: Path, config: TrainConfig) -> None:
     write_atomically(path, lambda file: torch.save(point, file))
 
 
-def restore(run: Run, path: Path, config: TrainConfig) -> None:
+def restore(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     """Put a run back to its resume point. UserError if that belongs to other settings."""
     point = read_tensors(path)
     changed = [f"{name} was {point['settings'].get(name)!r} and is {value!r}"
@@ -343,6 +367,8 @@ def restore(run: Run, path: Path, config: TrainConfig) -> None:
     load_state(run.model, point["model"], path)
     run.optimizer.load_state_dict(point["optimizer"])
     run.scaler.load_state_dict(point["scaler"])
+    if task.memory:
+        task.memory.load_state_dict(point["memory"])
     run.step, run.history = point["step"], point["history"]
     torch.set_rng_state(point["random"]["cpu"])
     if point["random"]["cuda"] and torch.cuda.is_available():

@@ -75,7 +75,7 @@ def test_a_text_shorter_than_a_block_is_refused(tmp_path, tokenizer):
     path = write_lines(tmp_path / "short.jsonl", [{"text": "too short"}])
     config = stage_config("pretrain", data_path=path, max_seq_len=64)
     with pytest.raises(UserError, match="max_seq_len=64"):
-        STAGES["pretrain"](config, tokenizer)
+        STAGES["pretrain"](config, None, tokenizer)
 
 
 def test_useful_tokens_of_the_course(tokenizer):

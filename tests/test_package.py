@@ -45,8 +45,10 @@ def test_importing_minimind_is_quick():
     assert min(times) < 0.3
 
 
-ORDER = ["errors", "config", "tokenizer", "model", "data", "generate", "checkpoint", "stages.task", "stages.pretrain",
-         "stages.sft", "stages", "tracking", "trainer", "bench", "evaluate", "baselines", "course", "cli"]  # fmt: skip
+ORDER = ["errors", "config", "tokenizer", "model", "data", "generate", "checkpoint", "rewards", "lora", "stages.task",
+         "stages.common", "stages.pretrain", "stages.sft", "stages.lora", "stages.dpo", "stages.reason", "stages.reward",
+         "stages.rl", "stages.grpo", "stages.spo", "stages.distill", "stages", "tracking", "trainer", "bench", "evaluate", "baselines", "course", "interop", "gguf", "serve",
+         "download", "prepare", "cli"]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: p.stem)

@@ -1,6 +1,7 @@
 """The stages of training, one file each: row format, encoding, loss.
 
-`STAGES` maps a stage's name to the function that makes its `Task` from the settings.
+`STAGES` maps a stage's name to the function that makes its `Task` from the settings, the model
+(with its starting weights, on its device) and the tokenizer.
 """
 
 from minimind.stages.pretrain import pretrain_task

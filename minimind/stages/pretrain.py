@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minimind.config import TrainConfig
 from minimind.data import IGNORED, Batch, PackedTokens, check_text, pack, pad_batch, read_jsonl
 from minimind.errors import UserError
-from minimind.stages.task import Task
+from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 
 
@@ -44,9 +44,9 @@ def count_labels(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
-def language_model_loss(model: nn.Module, batch: Batch) -> Tensor:
+def language_model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
     """The training loss of pretraining and SFT: next token, and the routers' balance if any."""
-    return next_token_loss(model(batch["input_ids"]), batch["labels"]) + model.router_loss
+    return next_token_loss(model(batch["input_ids"]), batch["labels"]) + model.router_loss, {}
 
 
 def read_packed(path: str | Path, tokenizer: Tokenizer, block: int) -> PackedTokens:
@@ -61,7 +61,7 @@ def read_packed(path: str | Path, tokenizer: Tokenizer, block: int) -> PackedTok
     return packed
 
 
-def pretrain_task(config: TrainConfig, tokenizer: Tokenizer) -> Task:
+def pretrain_task(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Pack the texts of `data_path` (and of `eval_data_path`) into blocks of `max_seq_len`."""
     train = read_packed(config.data_path, tokenizer, config.max_seq_len)
     held = config.eval_data_path

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from minimind.config import TrainConfig
 from minimind.data import IGNORED, Example, check_conversation, pad_batch, read_jsonl
 from minimind.stages.pretrain import count_labels, language_model_loss
@@ -49,7 +51,7 @@ def read_chats(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[
     return examples
 
 
-def sft_task(config: TrainConfig, tokenizer: Tokenizer) -> Task:
+def sft_task(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Encode the conversations of `data_path` (and of `eval_data_path`)."""
     train = read_chats(config.data_path, tokenizer, config.max_seq_len)
     held = config.eval_data_path
