@@ -11,7 +11,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -34,6 +33,7 @@ from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.model import MiniMind
+from minimind.precision import autocast
 from minimind.stages import STAGES
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -255,25 +255,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device={name!r} cannot be used here ({str(error).splitlines()[0]}). Try cpu."
         ) from error
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" is bfloat16 where the hardware computes in it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return (
-        torch.bfloat16
-        if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        else torch.float32
-    )
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Return the context in which matrix products run in the chosen dtype; weights stay float32."""
-    dtype = pick_dtype(config.dtype, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
