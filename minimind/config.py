@@ -325,7 +325,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
         "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
-        "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
+        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
         "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(
@@ -348,7 +348,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
-        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2),
+        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(
             _TINY,

@@ -20,6 +20,7 @@ import checks  # noqa: E402
 from minimind import MiniMind, ModelConfig  # noqa: E402
 from minimind.data import pack, useful_share  # noqa: E402
 from minimind.model import MoE, RMSNorm, apply_rotary, positions_and_mask, rotary_embedding  # noqa: E402
+from minimind.stages.dpo import dpo_loss, sequence_logps  # noqa: E402
 from minimind.stages.pretrain import next_token_loss  # noqa: E402
 from minimind.stages.sft import chat_labels  # noqa: E402
 from minimind.trainer import learning_rate  # noqa: E402
@@ -207,6 +208,8 @@ def mixture_by_softmax_of_chosen(x, router, experts, k):
         ("next_token_loss", next_token_loss),
         ("schedule", learning_rate),
         ("chat_labels", chat_labels),
+        ("sequence_logps", sequence_logps),
+        ("dpo_loss", lambda *arguments: dpo_loss(*arguments)[0]),
     ],
 )
 def test_another_right_answer_passes(name, function):
