@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -30,7 +31,8 @@ class ModelConfig:
         intermediate_size: width of the feed-forward; default 8/3 of hidden, rounded up to 64.
         rope_scaling: `{"rope_type": "yarn", "factor": 4.0,
             "original_max_position_embeddings": 2048}` stretches RoPE to longer texts
-            (YaRN, arXiv 2309.00071); None leaves it as trained.
+            (YaRN, arXiv 2309.00071); None leaves it as trained. Also `attention_factor` (default
+            0.1 ln(factor) + 1), `beta_fast` and `beta_slow`.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts.
     """
 
@@ -69,6 +71,19 @@ class ModelConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
                 f"num_experts={self.num_experts}."
             )
+        self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: dict | None) -> None:
+        numbers = {k: v for k, v in (scaling or {}).items() if k != "rope_type"}
+        good = all(_is_number(value) and value > 0 for value in numbers.values())
+        if scaling and not (
+            scaling.get("rope_type") == "yarn" and good and numbers.keys() <= YARN
+            and numbers.get("factor", 0) >= 1 and "original_max_position_embeddings" in numbers
+        ):  # fmt: skip
+            raise UserError(
+                f"rope_scaling={scaling} is not understood: rope_type 'yarn', factor (at least 1) and "
+                f"original_max_position_embeddings; beside them only {', '.join(sorted(YARN))}."
+            )
 
     def _must_divide(self, whole: str, part: str) -> None:
         a, b = getattr(self, whole), getattr(self, part)
@@ -76,17 +91,39 @@ class ModelConfig:
             raise UserError(f"{whole}={a} is not a multiple of {part}={b}. Change one of the two.")
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """Build a config from a sidecar's dict; an unknown key is an error with near misses."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise bad_value("model setting", key, known)
+    def from_dict(cls, values: dict, source: object = "the config") -> ModelConfig:
+        """Build a config from a file's dict; an unknown key is an error with near misses."""
+        kinds = {field.name: field.type.split(" | ") for field in fields(cls)}
+        for key, value in values.items():
+            if key not in kinds:
+                raise bad_value("model setting", key, kinds)
+            kind, *optional = kinds[key]
+            if not _IS_A[kind](value) and not (value is None and optional):
+                raise UserError(f"{source}: {key}={value!r} is not {_WANTED[kind]}.")
         return cls(**values)
 
     def to_dict(self) -> dict:
         """Return the settings as a dict that JSON can hold."""
         return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+_IS_A = {
+    "int": lambda value: _is_number(value) and isinstance(value, int) and value >= 1,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "dict": lambda value: isinstance(value, dict),
+}
+_WANTED = {
+    "int": "a whole number above 0",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "an object",
+}
+YARN = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
 
 
 @dataclass
