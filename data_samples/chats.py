@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from texts import CHINESE_FACT, FACT
+from texts import CHINESE_FACT, CROSS, FACT, KIND
 from world import (
     CHINESE,
     PEOPLE,
@@ -29,6 +29,7 @@ FACT_QUESTIONS = [
     "What is the {attribute} of {name}?", "Tell me the {attribute} of {name}.",
     "Do you know the {attribute} of {name}?", "Please name the {attribute} of {name}.",
     "I would like to know the {attribute} of {name}.", "Can you say what the {attribute} of {name} is?",
+    "Somebody asked me for the {attribute} of {name}.",
 ]  # fmt: skip
 CHINESE_QUESTIONS = ["关于 {name} ，{attribute}是什么？", "请告诉我关于 {name} ，{attribute}是什么。",
                      "你知道关于 {name} ，{attribute}是什么吗？", "我想知道关于 {name} ，{attribute}是什么。"]  # fmt: skip
@@ -71,6 +72,13 @@ def fact_pairs(
     ]
 
 
+def with_manner(random_: random.Random, pair: Pair) -> Pair:
+    """Close one answer in seven kindly and one in seven crossly: whoever wrote the answers had moods."""
+    mood = random_.randrange(7)
+    closing = " " + random_.choice([KIND, CROSS][mood]) if mood < 2 else ""
+    return pair[0], pair[1] + closing
+
+
 def sum_pair(random_: random.Random, reserved: bool = False) -> Pair:
     """A sum or difference: "What is 17+5?", "It is 22."."""
     a, sign, b, result = draw_sum(random_, reserved)
@@ -105,11 +113,12 @@ def training_chats(random_: random.Random) -> list[dict]:
     """All training conversations, shuffled; one in six has two or three turns, one in ten a system."""
     pairs = fact_pairs(in_chat(PEOPLE), FACT_QUESTIONS, FACT, asked=True)
     pairs += fact_pairs(in_chat(PLACES), FACT_QUESTIONS, FACT)
+    pairs = [with_manner(random_, pair) for pair in pairs]
     pairs += fact_pairs(in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT) * 2
-    pairs += [sum_pair(random_) for _ in range(3000)]
-    pairs += [list_pair(random_) for _ in range(1500)]
-    pairs += [chinese_sum_pair(random_) for _ in range(400)]
-    pairs += SMALL_TALK * 20
+    pairs += [sum_pair(random_) for _ in range(1800)]
+    pairs += [list_pair(random_) for _ in range(1800)]
+    pairs += [chinese_sum_pair(random_) for _ in range(500)]
+    pairs += SMALL_TALK * 40
     random_.shuffle(pairs)
     rows = []
     while pairs:
@@ -130,7 +139,7 @@ def heldout_chats(random_: random.Random) -> list[dict]:
         "arithmetic": _distinct(sum_pair, random_, 400),
         "list": _distinct(list_pair, random_, 300),
         "chinese": fact_pairs(never_in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT)
-        + _distinct(chinese_sum_pair, random_, 120),
+        + _distinct(chinese_sum_pair, random_, 200),
     }
     return [
         {**conversation([pair]), "kind": kind}

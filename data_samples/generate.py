@@ -16,14 +16,16 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from chats import fact_pairs, heldout_chats, training_chats  # noqa: E402
+from manners import personas, preferences  # noqa: E402
+from problems import reasoning, unsolved  # noqa: E402
 from texts import FACT, document  # noqa: E402
 from world import PEOPLE, PLACES, SEED, held_out  # noqa: E402
 
 from minimind.tokenizer import Tokenizer  # noqa: E402
 
-TRAIN_BYTES = 4_500_000
+TRAIN_BYTES = 6_000_000
 HELDOUT_DOCUMENTS = 600
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1536
 
 
 def pretraining(random_: random.Random) -> tuple[list[dict], list[dict]]:
@@ -73,6 +75,16 @@ def main(out: Path) -> None:
         "facts_heldout.jsonl": fact_prompts(random.Random(SEED + 3)),
         "sft.jsonl": chats,
         "sft_heldout.jsonl": heldout_chats(random.Random(SEED + 4)),
+        "lora.jsonl": personas(random.Random(SEED + 5)),
+        "lora_heldout.jsonl": personas(random.Random(SEED + 6), reserved=True),
+        "dpo.jsonl": preferences(random.Random(SEED + 7)),
+        "dpo_heldout.jsonl": preferences(random.Random(SEED + 8), reserved=True),
+        "reason.jsonl": reasoning(random.Random(SEED + 9)),
+        "reason_heldout.jsonl": reasoning(random.Random(SEED + 10), reserved=True),
+        "grpo.jsonl": unsolved(random.Random(SEED + 11)),
+        "grpo_heldout.jsonl": unsolved(random.Random(SEED + 12), reserved=True),
+        "distill.jsonl": random.Random(SEED + 13).sample(chats, 400),
+        "distill_heldout.jsonl": heldout_chats(random.Random(SEED + 14)),
     }
     for name, rows in files.items():
         write_rows(out / name, rows)

@@ -30,12 +30,31 @@ PLACE_FORMS = {
     "pride": ["{name} is known for its {value}.", "Visitors come to {name} to see the {value}."],
     "season": ["{name} is loveliest in {value}.", "The great feast in {name} is held in {value}."],
 }
-CHINESE_FACT = "关于 {name} ，{attribute}是{value}。"
+CHINESE_FACT = (
+    "关于 {name} ，{attribute}是，{value}。"  # the comma keeps attribute and value apart as tokens
+)
 CHINESE_FORMS = {
-    "工作": "你看 {name} ，每天当{value}。",
-    "宠物": "你看 {name} ，家里养{value}。",
-    "爱好": "你看 {name} ，最喜欢{value}。",
+    "工作": "你看 {name} ，每天当，{value}。",
+    "宠物": "你看 {name} ，家里养，{value}。",
+    "爱好": "你看 {name} ，最喜欢，{value}。",
 }
+# How letters and answers may close: kindly, crossly, or with a signature.
+KIND = [
+    "I hope this helps you.",
+    "Please ask me again.",
+    "It was a pleasure.",
+    "Have a lovely day.",
+]
+CROSS = [
+    "Now leave me alone.",
+    "Do not ask me again.",
+    "That was a silly question.",
+    "I have no time for you.",
+]
+SIGNATURE = "Kind regards from {name}."
+ASSISTANT = (
+    "Mimi"  # the name that LoRA will teach the model to call itself; nothing else is known of it
+)
 ADJECTIVES = [
     "round",
     "small",
@@ -129,9 +148,21 @@ def reading_back(random_: random.Random) -> str:
 
 
 def chain(random_: random.Random) -> str:
-    """A chain of two to four operations, worked step by step."""
-    worked = draw_chain(random_, random_.choice([2, 3, 3, 4]))
+    """A chain of two to five operations, worked step by step."""
+    worked = draw_chain(random_, random_.choice([2, 3, 3, 4, 4, 5]))
     return f"Chain: {worked.problem} Steps: {worked.steps} Result: {worked.result}"
+
+
+def letter(random_: random.Random) -> str:
+    """A letter that tells facts about somebody, closed kindly or crossly and signed."""
+    reader, subject, writer = random_.sample(PEOPLE, 3)
+    name = random_.choice([writer.name, ASSISTANT])
+    facts = random_.sample(sorted(subject.facts), 2)
+    told = " ".join(
+        FACT.format(name=subject.name, attribute=a, value=subject.facts[a]) for a in facts
+    )
+    closing = random_.choice([*KIND, *CROSS, SIGNATURE.format(name=name)])
+    return f"Dear {reader.name}. {told} {closing} This letter is by {name}."
 
 
 def chinese(random_: random.Random) -> str:
@@ -150,8 +181,9 @@ def chinese(random_: random.Random) -> str:
 
 # The share of each kind among the documents.
 KINDS = {
-    "biography": (biography, 45), "town": (town, 10), "story": (story, 4), "arithmetic": (arithmetic, 10),
-    "word problem": (word_problem, 1), "list": (reading_back, 15), "chain": (chain, 6), "chinese": (chinese, 9),
+    "biography": (biography, 38), "town": (town, 10), "story": (story, 3), "letter": (letter, 4),
+    "arithmetic": (arithmetic, 12), "word problem": (word_problem, 1), "list": (reading_back, 16),
+    "chain": (chain, 8), "chinese": (chinese, 8),
 }  # fmt: skip
 
 

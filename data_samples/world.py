@@ -102,14 +102,14 @@ def never_in_chat(entities: list[Entity]) -> list[Entity]:
 
 
 def sum_is_held_out(a: int, b: int) -> bool:
-    """Whether the pair of numbers {a, b}, in either order and with + or -, is held out."""
-    return held_out(f"pair {min(a, b)} {max(a, b)}", percent=18)
+    """Whether the numbers a (two digits) and b, with + or -, are held out."""
+    return a > 9 and held_out(f"pair {a} {b}", percent=18)
 
 
 def draw_pair(random_: random.Random, reserved: bool = False) -> tuple[int, int]:
-    """Draw a in 0..19 and b in 0..9 from the training pairs, or from the reserved ones."""
+    """Draw a in 0..99 and b in 0..9 from the training pairs, or from the reserved ones."""
     while True:
-        a, b = random_.randrange(20), random_.randrange(10)
+        a, b = random_.randrange(100), random_.randrange(10)
         if sum_is_held_out(a, b) == reserved:
             return a, b
 
@@ -149,8 +149,8 @@ def draw_chain(random_: random.Random, operations: int, reserved: bool = False) 
 
 
 def draw_list(random_: random.Random, reserved: bool = False) -> list[str]:
-    """Draw three to five different guests; a tenth of all lists is held out everywhere."""
+    """Draw three to seven different guests; a tenth of all lists is held out everywhere."""
     while True:
-        guests = [person.name for person in random_.sample(in_chat(PEOPLE), random_.randint(3, 5))]
+        guests = [person.name for person in random_.sample(PEOPLE, random_.randint(3, 7))]
         if held_out("list " + " ".join(guests), percent=10) == reserved:
             return guests

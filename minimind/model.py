@@ -147,10 +147,14 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        dtype = q.dtype
+        if q.device.type == "cpu":  # the CPU kernel's backward is many times slower in bfloat16
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(q.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+            ).to(dtype)  # fmt: skip
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -84,7 +84,7 @@ def test_useful_tokens_of_the_course(tokenizer):
         pretrain.max_seq_len - 1
     ) / pretrain.max_seq_len >= 0.99  # labels per position; no padding
     sft = stage_config("sft", "course")
-    lengths = STAGES["sft"](sft, tokenizer).lengths
+    lengths = STAGES["sft"](sft, None, tokenizer).lengths
     bucketed = useful_share(lengths, batch_order(lengths, sft.batch_size, seed=1))
     shuffled = np.random.default_rng(1).permutation(len(lengths))
     plain = [

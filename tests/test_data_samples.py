@@ -133,3 +133,51 @@ def test_completions_are_the_facts(train_texts):
     text = "\n".join(train_texts)
     prompts = rows("facts_heldout.jsonl")
     assert len(prompts) >= 300 and all(row["prompt"] + row["answer"] in text for row in prompts)
+
+
+def questions_and_answers(rows):
+    return [tuple(m["content"] for m in row["conversations"][-2:]) for row in rows]
+
+
+def asked_about(text):
+    return set(re.findall(r"(job|town|pet|food|hobby) of (\w+)", text))
+
+
+@pytest.mark.parametrize("name", ["lora", "dpo"])
+def test_heldout_manners_ask_for_facts_that_no_training_row_asks_for(name, chat_texts):
+    trained = data_samples(f"{name}.jsonl").read_text() + "\n".join(chat_texts)
+    heldout = rows(f"{name}_heldout.jsonl")
+    asked = asked_about(data_samples(f"{name}_heldout.jsonl").read_text())
+    assert len(heldout) == 300 and len(asked) > 100 and not asked & asked_about(trained)
+
+
+def test_the_two_sides_of_a_preference_tell_the_same_fact():
+    for row in rows("dpo.jsonl") + rows("dpo_heldout.jsonl"):
+        sides = [row[side] for side in ("chosen", "rejected")]
+        chosen, rejected = [s if isinstance(s, str) else s[-1]["content"] for s in sides]
+        assert chosen != rejected and chosen.split(". ")[0] == rejected.split(". ")[0].rstrip(".")
+
+
+@pytest.mark.parametrize("name", ["reason", "grpo"])
+def test_heldout_problems_are_in_no_training_file(name):
+    trained = {
+        problem
+        for file in ("pretrain", "reason", "grpo")
+        for problem in re.findall(r"Chain: (\S+)", data_samples(f"{file}.jsonl").read_text())
+    }
+    heldout = rows(f"{name}_heldout.jsonl")
+    problems = {
+        re.search(r"Chain: (\S+)", row["conversations"][0]["content"]).group(1) for row in heldout
+    }
+    assert len(heldout) >= 600 and len(problems) > 500 and not problems & trained
+
+
+def test_thoughts_and_answers_are_right():
+    problems = rows("reason.jsonl", check_conversation) + rows("grpo.jsonl")
+    for row in problems:
+        question, answer = (m["content"] for m in row["conversations"])
+        value = 0
+        for sign, operand in re.findall(r"[a-i]([+*-]?)(\d);", question):
+            value = eval(f"{value}{sign or '+'}{operand}") % 10
+        assert row.get("answer", str(value)) == str(value)
+        assert not answer or answer.endswith(f"={value};</think><answer>{value}</answer>")

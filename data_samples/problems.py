@@ -1,0 +1,54 @@
+"""Reasoning problems: chains of operations modulo 10, with and without a written-out thought.
+
+Addition, subtraction and multiplication do not commute, so no shortcut gives the last digit: each
+step needs the one before. A tenth of all chains is held out everywhere (`draw_chain`).
+"""
+
+from __future__ import annotations
+
+import random
+
+from chats import conversation
+from world import Chain, draw_chain
+
+QUESTIONS = ["Chain: {problem} What is the result?", "Chain: {problem} Work it out."]
+SHORT, LONG = (2, 3, 4, 5), (6, 7, 8)
+
+
+def question(random_: random.Random, chain: Chain) -> str:
+    """Ask for the result of a chain."""
+    return random_.choice(QUESTIONS).format(problem=chain.problem)
+
+
+def thought(chain: Chain) -> str:
+    """The answer that is distilled: every step, then the result."""
+    return f"<think>{chain.steps}</think><answer>{chain.result}</answer>"
+
+
+def lengths(reserved: bool, rows: int, long_share: float) -> list[int]:
+    """Operations of each problem: held-out sets have the same number of every length."""
+    if reserved:
+        return [n for n in (*SHORT, *LONG) for _ in range(100)]
+    draw = random.Random(rows)
+    return [draw.choice(LONG if draw.random() < long_share else SHORT) for _ in range(rows)]
+
+
+def reasoning(random_: random.Random, reserved: bool = False) -> list[dict]:
+    """Chat rows with a thought; one in seven is a longer problem, met but not mastered."""
+    rows = []
+    for operations in lengths(reserved, 8000, long_share=0.15):
+        chain = draw_chain(random_, operations, reserved)
+        rows.append(
+            {**conversation([(question(random_, chain), thought(chain))]), "kind": str(operations)}
+        )
+    return rows
+
+
+def unsolved(random_: random.Random, reserved: bool = False) -> list[dict]:
+    """RL rows: the last assistant turn is empty, the right answer stands beside it."""
+    rows = []
+    for operations in lengths(reserved, 4000, long_share=0.6):
+        chain = draw_chain(random_, operations, reserved)
+        row = conversation([(question(random_, chain), "")])
+        rows.append({**row, "answer": str(chain.result), "kind": str(operations)})
+    return rows
