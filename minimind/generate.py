@@ -7,7 +7,7 @@ what is sampled for it does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,32 @@ def generate(
 
     model.train(was_training)
     return completions
+
+
+@torch.no_grad()
+def stream(
+    model: MiniMind, prompt: Sequence[int], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the ids of one completion as they come: what `generate` returns for this prompt alone.
+
+    The model must be in eval mode. UserError as in `generate`, before the first id.
+    """
+    _check_prompts(model, [prompt], max_new_tokens)
+    cache = KVCache(
+        model.config, 1, len(prompt) + max_new_tokens, like=model.model.embed_tokens.weight
+    )
+    uniform = row_streams(1, max_new_tokens, seed).to(model.device)
+    ids = torch.tensor([prompt], device=model.device)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(model.model(ids, None, cache)[:, -1])
+        token = sample(
+            next_token_probabilities(logits, temperature, top_k, top_p), uniform[:, step]
+        )
+        yield int(token)
+        if int(token) == eos_id:
+            return
+        ids = token[:, None]
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,10 @@ def write_gguf(model: MiniMind, tokenizer: Tokenizer, path: str | Path) -> Path:
     Raises:
         UserError: the package `gguf` is missing, or llama.cpp has no exact counterpart.
     """
+    if not model.config.norm_topk_prob and model.config.use_moe:
+        raise UserError(
+            "llama.cpp always normalises the weights of the chosen experts; this model does not."
+        )
     gguf, path = needed("gguf", "gguf"), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     architecture = _ARCHITECTURE[family(model.config)]
@@ -63,7 +68,9 @@ def write_gguf(model: MiniMind, tokenizer: Tokenizer, path: str | Path) -> Path:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"Could not write {path}: {error}. Free some space, or choose another place.") from error
+        raise UserError(
+            f"Could not write {path}: {error}. Free some space, or choose another place."
+        ) from error
     return path
 
 
@@ -89,6 +96,10 @@ def _write_shape(writer: Any, gguf: Any, config: ModelConfig) -> None:
 
 
 def _write_yarn(writer: Any, gguf: Any, scaling: dict) -> None:
+    if (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)) != (32, 1):
+        raise UserError(
+            f"llama.cpp reads no beta_fast or beta_slow from the file, and this has {scaling}."
+        )
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(scaling["factor"])
     writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
@@ -150,7 +161,9 @@ def gguf_tensors(model: MiniMind) -> dict[str, np.ndarray]:
     for name, tensor in export_state(model).items():
         block, stem = _split(name.removesuffix(".weight"))
         if ".experts." in name:  # mlp.experts.3.gate_proj: in order, since state dicts are
-            stacks.setdefault(f"{block}ffn_{stem.split('.')[-1].split('_')[0]}_exps", []).append(tensor)
+            stacks.setdefault(f"{block}ffn_{stem.split('.')[-1].split('_')[0]}_exps", []).append(
+                tensor
+            )
             continue
         if not config.qk_norm and stem.endswith(("q_proj", "k_proj")):
             tensor = interleave(tensor, config.head_dim)
@@ -161,7 +174,7 @@ def gguf_tensors(model: MiniMind) -> dict[str, np.ndarray]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """"model.layers.3.mlp.gate" to ("blk.3.", "mlp.gate"); names outside blocks stay."""
+    """ "model.layers.3.mlp.gate" to ("blk.3.", "mlp.gate"); names outside blocks stay."""
     if not name.startswith("model.layers."):
         return "", name
     _, _, index, stem = name.split(".", 3)
@@ -172,3 +185,43 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of every head from half-split pairs (i, i + D/2) to neighbours (2i, 2i+1)."""
     halves = weight.view(-1, 2, head_dim // 2, weight.shape[-1])  # (heads, half, pair, C)
     return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def open_gguf(path: str | Path) -> Any:
+    """Return llama.cpp's server (in this process) with a GGUF, everything in float32.
+
+    Raises:
+        UserError: the package `xllamacpp` is missing, or llama.cpp cannot load the file.
+    """
+    llama = needed("xllamacpp", "gguf")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if magic != b"GGUF":
+        raise UserError(f"{path} is not a GGUF file: it starts with {magic!r}.")
+    settings = llama.CommonParams()
+    settings.model.path = str(path)
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 4096, 1, False, -1
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.reasoning_format = llama.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
+    try:
+        return llama.Server(settings)
+    except Exception as error:  # the library's own kinds
+        raise UserError(f"llama.cpp cannot load {path} ({error}).") from error
+
+
+def gguf_chat(server: Any, messages: Sequence[Message], max_new_tokens: int = 128, temperature: float = 0.0,
+              top_p: float = 1.0) -> str:  # fmt: skip
+    """Return the assistant's answer from llama.cpp, sampled as `minimind.chat` samples.
+
+    What llama.cpp filters by default beyond that (top-k 40, min-p) is switched off.
+    """
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0}
+    ask = {"messages": list(messages), "max_tokens": max_new_tokens, **sampling}
+    answer = server.handle_chat_completions(ask)
+    if "choices" not in answer:
+        raise UserError(f"llama.cpp gave no answer: {answer.get('message', answer)}.")
+    return answer["choices"][0]["message"]["content"]
