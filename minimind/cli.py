@@ -199,10 +199,9 @@ def score_text(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
     print(f"perplexity per token   {perplexity_of(nats):9.3f}   (depends on the tokenizer)")
     print(f"bits per byte          {bits_per_byte_of(nats, text):9.3f}   (does not)")
     if 0 < trained < length:
-        parts = nats[:, :trained].nanmean(), nats[:, trained:].nanmean()
+        near, far = float(nats[:, :trained].nanmean()), float(nats[:, trained:].nanmean())
         print(
-            "loss per token         %9.3f   in the first %d of a window, %.3f beyond"
-            % (parts[0], trained, parts[1])
+            f"loss per token         {near:9.3f}   in the first {trained} of a window, {far:.3f} beyond"
         )
 
 
@@ -251,11 +250,12 @@ def last_stage(weight: str, folder: str) -> str:
 def run_export(args: Export) -> None:
     """Write beside the weight, under its own file name, unless told where to."""
     model, tokenizer = open_weight(args)
-    place = Path(args.weight)
+    place = Path(args.weight).resolve()
     if not place.exists():
         place = find_weight(args.weight, folder_of(args.preset, args.out_dir))
     write, end = (write_gguf, ".gguf") if args.gguf else (write_hf, "_hf")
-    print(f"Written: {write(model, tokenizer, args.to or place.parent / (place.stem + end))}")
+    name = place.name.removesuffix(".pth") + end
+    print(f"Written: {write(model, tokenizer, args.to or place.with_name(name))}")
 
 
 def run_serve(args: Serve) -> None:
@@ -264,7 +264,7 @@ def run_serve(args: Serve) -> None:
     needed("uvicorn", "serve")
     from minimind.serve import serve
 
-    serve(*open_weight(args), Path(args.weight).stem, args.port)
+    serve(*open_weight(args), Path(args.weight).resolve().stem, args.port)
 
 
 def run_bench(args: Bench) -> None:

@@ -112,13 +112,13 @@ def _is_number(value: object) -> bool:
 
 
 _IS_A = {
-    "int": lambda value: _is_number(value) and isinstance(value, int) and value >= 1,
+    "int": lambda value: _is_number(value) and isinstance(value, int) and 1 <= value < 2**31,
     "float": _is_number,
     "bool": lambda value: isinstance(value, bool),
     "dict": lambda value: isinstance(value, dict),
 }
 _WANTED = {
-    "int": "a whole number above 0",
+    "int": "a whole number from 1 to 2^31",
     "float": "a number",
     "bool": "true or false",
     "dict": "an object",

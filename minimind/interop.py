@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from minimind import checkpoint
-from minimind.checkpoint import build, find_weight, load_sidecar, read_tensors, write_atomically
+from minimind.checkpoint import (
+    build,
+    check_tensors,
+    find_weight,
+    load_sidecar,
+    read_tensors,
+    write_atomically,
+)
 from minimind.config import ModelConfig
 from minimind.errors import UserError
 from minimind.model import MiniMind
@@ -302,8 +309,7 @@ def _refuse_other_kinds(state: object, source: object) -> None:
     for mark, reason in _OTHER_KINDS:
         if any(mark in name for name in state):
             raise UserError(f"{source} {reason}.")
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{source} holds more than tensors. Give the .pth that a stage saved.")
+    check_tensors(state, source)
 
 
 def load_upstream(path: str | Path, tokenizer_path: str | Path = "") -> tuple[MiniMind, Tokenizer]:
@@ -372,5 +378,7 @@ def stretch(model: MiniMind, factor: float, trained: int) -> MiniMind:
     The weights stay as they are; only the rotary frequencies change.
     """
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
-    config = dataclasses.replace(model.config, rope_scaling=scaling)
+    config = dataclasses.replace(
+        model.config, rope_scaling=scaling, max_position_embeddings=int(factor * trained)
+    )
     return build(config, model.state_dict(), "the model")
