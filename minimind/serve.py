@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 import uuid
@@ -60,6 +61,8 @@ class Turn(BaseModel):
         """Return it as the tokenizer takes it."""
         parts = self.content if isinstance(self.content, list) else []
         text = "".join(part.text for part in parts) if parts else self.content
+        if any("\ud800" <= character <= "\udfff" for character in text or ""):
+            raise ApiError(400, "A message has half a surrogate pair.", "invalid_value", "messages")
         return {"role": self.role, "content": text or ""}
 
 
@@ -290,7 +293,14 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         words = f"{request.method} {request.url.path}: {error.detail}."
-        return ApiError(error.status_code, words, "unknown_url").response()
+        code = "unknown_url" if error.status_code in (404, 405) else "invalid_request"
+        return ApiError(error.status_code, words, code).response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(
+            500, "Something here is broken; its log says what.", "internal_error"
+        ).response()
 
     return app
 
@@ -298,7 +308,8 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
 def make_server(app: FastAPI, port: int) -> tuple[uvicorn.Server, socket.socket]:
     """Return a server and the socket it will listen on. UserError if the port is taken."""
     listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # elsewhere it would let two servers share the port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
