@@ -75,7 +75,7 @@ def family(config: ModelConfig) -> str:
             return name
     raise UserError(
         "A mixture of experts without qk_norm has no exact counterpart: Qwen3-MoE norms queries and "
-        "keys. Train it with --use_moe 1 --qk_norm True to export it."
+        "keys. Train it with --use_moe 1 --qk_norm to export it."
     )
 
 

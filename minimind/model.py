@@ -46,7 +46,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     slowed down by `factor`; fast ones stay; a ramp joins the two.
     """
     size, theta = config.head_dim, config.rope_theta
-    frequencies = theta ** -(torch.arange(0, size, 2).float() / size)
+    frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     scaling = config.rope_scaling
     if not scaling:
         return frequencies, 1.0
