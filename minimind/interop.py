@@ -29,7 +29,7 @@ from minimind.checkpoint import (
     read_tensors,
     write_atomically,
 )
-from minimind.config import ModelConfig
+from minimind.config import YARN, ModelConfig
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.tokenizer import BOS, EOS, PAD, Tokenizer
@@ -51,7 +51,7 @@ _MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_top
 # Settings of a foreign config that change the computation, with the only values that are ours.
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
           "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "partial_rotary_factor": (1, 1.0),
-          "pretraining_tp": (1,), "quantization_config": ()}  # fmt: skip
+          "pretraining_tp": (1,), "quantization_config": (), "layer_types": ()}  # fmt: skip
 
 
 def needed(package: str, extra: str) -> ModuleType:
@@ -59,9 +59,8 @@ def needed(package: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(
-            f'This needs the package {package}: pip install -e ".[{extra}]" ({error}).'
-        ) from error
+        how = f'pip install -e ".[{extra}]"'
+        raise UserError(f"This needs the package {package}: {how} ({error}).") from error
 
 
 def family(config: ModelConfig) -> str:
@@ -107,26 +106,25 @@ def config_from_hf(values: dict, source: object) -> ModelConfig:
     """Return our config of a config.json. UserError for anything that we would compute differently."""
     model_type = values.get("model_type")
     if model_type not in FAMILIES:
-        raise UserError(
-            f"{source}: model_type is {model_type!r}. Exact here: {', '.join(FAMILIES)}."
-        )
+        raise UserError(f"{source}: model_type={model_type!r} is none of {', '.join(FAMILIES)}.")
+    if set(values.get("layer_types") or ()) == {"full_attention"}:
+        values = {**values, "layer_types": None}
     for name, ours in _FIXED.items():
-        if values.get(name) is not None and values[name] not in ours:
+        found = values.get(name)
+        if found is not None and found not in ours:
             raise UserError(
-                f"{source}: {name}={values[name]!r} is not something this model computes "
+                f"{source}: {name}={found!r} is not something this model computes "
                 f"(only {' or '.join(map(repr, ours)) or 'none'}), so it would not be the same model."
             )
     values = {"num_experts": values.get("num_local_experts"), **values}  # transformers 5's word
     names = _SHAPE + (_MOE if model_type == "qwen3_moe" else ())
-    missing = [
-        n for n in names if values.get(n) is None and n not in ("head_dim", "router_aux_loss_coef")
-    ]
+    optional = ("head_dim", "router_aux_loss_coef")
+    missing = [name for name in names if values.get(name) is None and name not in optional]
     if missing:
         raise UserError(f"{source} says nothing about {', '.join(missing)}. Copy the file again.")
     shape = {name: values[name] for name in names if values.get(name) is not None}
-    return ModelConfig.from_dict(
-        {**shape, **_rope_from_hf(values, source), **FAMILIES[model_type][1]}, source
-    )
+    shape = {**shape, **_rope_from_hf(values, source), **FAMILIES[model_type][1]}
+    return ModelConfig.from_dict(shape, source)
 
 
 def _rope_from_hf(values: dict, source: object) -> dict:
@@ -138,17 +136,8 @@ def _rope_from_hf(values: dict, source: object) -> dict:
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "yarn" or rope.get("truncate") is False or rope.get("mscale"):
-        raise UserError(
-            f"{source}: this kind of RoPE scaling is not computed here: {rope}. YaRN is."
-        )
-    known = (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-    )
-    scaling = {name: rope[name] for name in known if rope.get(name) is not None}
+        raise UserError(f"{source}: of the RoPE scalings, only plain YaRN is computed here: {rope}")
+    scaling = {name: value for name, value in rope.items() if name in YARN and value is not None}
     return {"rope_theta": theta, "rope_scaling": {"rope_type": "yarn", **scaling}}
 
 
@@ -206,9 +195,7 @@ def export_state(model: MiniMind) -> dict[str, Tensor]:
         plain = MiniMind(model.config).state_dict()
     state = model.state_dict()
     if more := sorted(state.keys() - plain.keys()):
-        raise UserError(
-            f"The model has weights beside its own, such as {more[0]}. Merge them first."
-        )
+        raise UserError(f"The model has more weights than its own ({more[0]}). Merge them first.")
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
@@ -226,12 +213,10 @@ def import_hf(folder: str | Path) -> tuple[MiniMind, Tokenizer]:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config_from_hf(dict(values), folder / "config.json")
+    except UserError:
+        raise
     except (OSError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{folder}/config.json cannot be read ({error}). Copy the folder again."
-        ) from error
+        raise UserError(f"{folder}/config.json cannot be read ({error}). Copy it again.") from error
     model = build(config, read_safetensors(folder / "model.safetensors"), folder)
     return model, _tokenizer_for(config, folder / "tokenizer.json")
 
@@ -282,9 +267,7 @@ def upstream_config(state: dict[str, Tensor], source: object) -> ModelConfig:
         heads, kv_heads = q // head_dim, k // head_dim
         experts = {"num_experts": state[f"{layer}mlp.gate.weight"].shape[0]} if moe else {}
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{source} is no MiniMind weight: {error} is not as it should be."
-        ) from error
+        raise UserError(f"{source} is no MiniMind weight: {error} is missing or odd.") from error
     head = state.get("lm_head.weight")
     return ModelConfig(
         vocab_size=vocab_size, hidden_size=hidden_size, head_dim=head_dim, intermediate_size=width,
@@ -321,15 +304,13 @@ def load_upstream(path: str | Path, tokenizer_path: str | Path = "") -> tuple[Mi
     path = Path(path)
     state = read_tensors(path)
     config = upstream_config(state, path)
-    state = {
-        name: tensor for name, tensor in state.items() if "freqs_" not in name
-    }  # old RoPE tables
-    model = build(config, state, path)
+    tables = [name for name in state if "freqs_" in name]  # RoPE's, which some releases saved
+    model = build(config, {name: state[name] for name in state.keys() - tables}, path)
     places = [path.parent / "tokenizer.json", path.parent.parent / "model" / "tokenizer.json"]
     there = [Path(tokenizer_path)] if tokenizer_path else [p for p in places if p.is_file()]
     if not there:
         raise UserError(
-            f"{path} needs its tokenizer: {' or '.join(map(str, places))}, or --tokenizer_path."
+            f"{path} needs its tokenizer: {places[0]}, {places[1]} or --tokenizer_path."
         )
     version = "today's version" if config.qk_norm else "the guide's version"
     told = {name: value for name, value in config.to_dict().items() if value is not None}
@@ -354,9 +335,7 @@ def load(
     if (Path(name) / "config.json").is_file() or (Path(name).is_dir() and "/" in name):
         return import_hf(name)
     if name.endswith(".gguf"):
-        raise UserError(
-            f"{name}: a GGUF is run by llama.cpp. Talk to it with: minimind chat --weight {name}"
-        )
+        raise UserError(f"A GGUF is run by llama.cpp. Talk to it: minimind chat --weight {name}")
     path = find_weight(name, out_dir)
     if not path.with_suffix(".json").is_file():
         return load_upstream(path, tokenizer_path)
@@ -378,7 +357,6 @@ def stretch(model: MiniMind, factor: float, trained: int) -> MiniMind:
     The weights stay as they are; only the rotary frequencies change.
     """
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
-    config = dataclasses.replace(
-        model.config, rope_scaling=scaling, max_position_embeddings=int(factor * trained)
-    )
+    longest = {"max_position_embeddings": int(factor * trained)}
+    config = dataclasses.replace(model.config, rope_scaling=scaling, **longest)
     return build(config, model.state_dict(), "the model")

@@ -37,6 +37,8 @@ MAX_CONTEXT = 4096  # tokens of prompt and answer, or what the model was built f
 MAX_TOKENS, DEFAULT_TOKENS = 1024, 256  # of one answer
 MAX_OPEN = 64  # answers in the making
 
+STATUS = {"model_not_found": 404, "rate_limit_exceeded": 429, "body_too_large": 413, "forbidden_host": 403,
+          "internal_error": 500}  # fmt: skip
 # Parameters that would change the answer and are not computed here, with the values that change nothing.
 UNSUPPORTED: dict[str, tuple] = {
     "n": (1,), "stop": ([], ""), "tools": ([],), "functions": ([],), "logprobs": (False,), "logit_bias": ({},),
@@ -62,7 +64,7 @@ class Turn(BaseModel):
         parts = self.content if isinstance(self.content, list) else []
         text = "".join(part.text for part in parts) if parts else self.content
         if any("\ud800" <= character <= "\udfff" for character in text or ""):
-            raise ApiError(400, "A message has half a surrogate pair.", "invalid_value", "messages")
+            raise ApiError("A message has half a surrogate pair.", "invalid_value", "messages")
         return {"role": self.role, "content": text or ""}
 
 
@@ -84,9 +86,11 @@ class Ask(BaseModel):
 class ApiError(Exception):
     """A refusal; the fields are OpenAI's."""
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, code: str, param: str | None = None, status: int = 400
+    ) -> None:
         super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        self.status, self.code, self.param = STATUS.get(code, status), code, param
 
     def response(self) -> JSONResponse:
         """Return it as OpenAI's clients expect it."""
@@ -109,7 +113,7 @@ class Guard:
             return await self.app(scope, receive, send)
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").split(":")[0]
         if host not in (HOST, "localhost"):  # a web page that had its name point here
-            refusal = ApiError(403, f"This server answers to {HOST} only.", "forbidden_host")
+            refusal = ApiError(f"This server answers to {HOST} only.", "forbidden_host")
             return await refusal.response()(scope, receive, send)
         body, size, more = b"", 0, True
         while more:
@@ -118,7 +122,7 @@ class Guard:
             more = message.get("more_body", False) and size < 64 * MAX_BODY
             body = body + message.get("body", b"") if size <= MAX_BODY else b""
         if size > MAX_BODY:
-            refusal = ApiError(413, f"The body has more than {MAX_BODY} bytes.", "body_too_large")
+            refusal = ApiError(f"The body has more than {MAX_BODY} bytes.", "body_too_large")
             return await refusal.response()(scope, receive, send)
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -140,45 +144,29 @@ class Engine:
         """Return the prompt's ids and the length of the answer. ApiError if it cannot be given."""
         if ask.model != self.name:
             raise ApiError(
-                404,
-                f"There is no model {ask.model!r}; here is {self.name!r}.",
-                "model_not_found",
-                "model",
+                f"No model {ask.model!r}, only {self.name!r}.", "model_not_found", "model"
             )
         for name, harmless in UNSUPPORTED.items():
             value = (ask.model_extra or {}).get(name)
             if value is not None and value not in harmless:
-                raise ApiError(
-                    400, f"{name}={value!r} is not supported here.", "unsupported_parameter", name
-                )
+                raise ApiError(f"{name}={value!r} is not offered.", "unsupported_parameter", name)
         if self.open >= MAX_OPEN:
-            raise ApiError(
-                429, f"{MAX_OPEN} answers are in the making. Try again.", "rate_limit_exceeded"
-            )
-        prompt = self.tokenizer.encode_chat(
-            [m.plain() for m in ask.messages], add_generation_prompt=True
-        )
-        asked = ask.max_completion_tokens or ask.max_tokens
-        room = self.context - len(prompt)
+            raise ApiError(f"{MAX_OPEN} answers are in the making.", "rate_limit_exceeded")
+        messages = [message.plain() for message in ask.messages]
+        prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        asked, room = ask.max_completion_tokens or ask.max_tokens, self.context - len(prompt)
         if room < (asked or 1):
-            raise ApiError(400, f"{len(prompt)} tokens of messages and {asked or 1} of answer do not fit into the "
-                           f"context of {self.context}.", "context_length_exceeded", "messages")  # fmt: skip
+            sizes = f"{len(prompt)} tokens of messages and {asked or 1} of answer"
+            limit = f"do not fit into the context of {self.context}."
+            raise ApiError(f"{sizes} {limit}", "context_length_exceeded", "messages")
         return prompt, asked or min(DEFAULT_TOKENS, room)
 
     async def answer(
         self, ask: Ask, prompt: list[int], length: int
     ) -> AsyncIterator[tuple[str, list[int]]]:
         """Yield (new text, all ids so far), a token at a time; half a character waits for its rest."""
-        steps = stream(
-            self.model,
-            prompt,
-            length,
-            ask.temperature,
-            0,
-            ask.top_p,
-            self.tokenizer.eos_id,
-            ask.seed,
-        )
+        sampling = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
+        steps = stream(self.model, prompt, length, eos_id=self.tokenizer.eos_id, **sampling)
         ids: list[int] = []
         sent = 0
         self.open += 1
@@ -204,11 +192,9 @@ class Engine:
 
 def usage(prompt: list[int], ids: list[int]) -> dict[str, int]:
     """Return OpenAI's count of tokens."""
-    return {
-        "prompt_tokens": len(prompt),
-        "completion_tokens": len(ids),
-        "total_tokens": len(prompt) + len(ids),
-    }
+    asked, answered = len(prompt), len(ids)
+    total = asked + answered
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": total}
 
 
 async def whole_answer(engine: Engine, ask: Ask, prompt: list[int], length: int) -> dict:
@@ -216,11 +202,8 @@ async def whole_answer(engine: Engine, ask: Ask, prompt: list[int], length: int)
     text, ids = "", []
     async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
         text += piece
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text},
-        "finish_reason": engine.reason(ids),
-    }
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": engine.reason(ids)}
     return {**heading(engine, "chat.completion"), "choices": [choice], "usage": usage(prompt, ids)}
 
 
@@ -246,12 +229,8 @@ async def event_stream(
 
 def heading(engine: Engine, kind: str) -> dict:
     """Return what every response object starts with."""
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": engine.name,
-    }
+    stamp = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    return {**stamp, "object": kind, "model": engine.name}
 
 
 def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
@@ -269,9 +248,8 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
     async def completions(ask: Ask) -> dict | StreamingResponse:
         prompt, length = engine.prepare(ask)
         if ask.stream:
-            return StreamingResponse(
-                event_stream(engine, ask, prompt, length), media_type="text/event-stream"
-            )
+            events = event_stream(engine, ask, prompt, length)
+            return StreamingResponse(events, media_type="text/event-stream")
         return await whole_answer(engine, ask, prompt, length)
 
     @app.exception_handler(ApiError)
@@ -283,24 +261,19 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         if first["type"] == "json_invalid":
-            return ApiError(
-                400, f"The body is not JSON: {first['msg']}.", "invalid_json"
-            ).response()
-        return ApiError(
-            400, f"{place or 'body'}: {first['msg']}.", "invalid_value", place
-        ).response()
+            return ApiError(f"The body is not JSON: {first['msg']}.", "invalid_json").response()
+        words = f"{place or 'body'}: {first['msg']}."
+        return ApiError(words, "invalid_value", place or None).response()
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> JSONResponse:
         words = f"{request.method} {request.url.path}: {error.detail}."
         code = "unknown_url" if error.status_code in (404, 405) else "invalid_request"
-        return ApiError(error.status_code, words, code).response()
+        return ApiError(words, code, status=error.status_code).response()
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(
-            500, "Something here is broken; its log says what.", "internal_error"
-        ).response()
+        return ApiError("Something here is broken; its log says what.", "internal_error").response()
 
     return app
 
@@ -314,9 +287,7 @@ def make_server(app: FastAPI, port: int) -> tuple[uvicorn.Server, socket.socket]
         listener.bind((HOST, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(
-            f"Port {port} cannot be used ({error}). Choose another: --port 8001"
-        ) from error
+        raise UserError(f"Port {port} cannot be used ({error}). Choose another --port.") from error
     return uvicorn.Server(uvicorn.Config(app, log_level="warning")), listener
 
 

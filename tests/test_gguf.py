@@ -32,12 +32,9 @@ def llama_cpp(model, tokenizer, folder):
 def test_first_step_log_probabilities_equal_ours(kind, small_model, tokenizer, tmp_path):
     model = small_model(vocab_size=tokenizer.vocab_size, **KINDS[kind])
     ids = torch.randint(7, tokenizer.vocab_size, (1, 90))
-    ask = {
-        "prompt": ids[0].tolist(),
-        "n_predict": 1,
-        "n_probs": tokenizer.vocab_size,
-        "temperature": 1.0,
-    }
+    plain = [[tokenizer.encode("a")[0], 1000.0]]  # figures come with whole characters only: say "a"
+    ask = {"n_predict": 1, "n_probs": tokenizer.vocab_size, "temperature": 0, "logit_bias": plain}
+    ask["prompt"] = ids[0].tolist()
     answer = llama_cpp(model, tokenizer, tmp_path).handle_completions(ask)
     first = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert len(first) == tokenizer.vocab_size and answer["usage"]["prompt_tokens"] == 90

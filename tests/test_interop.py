@@ -88,8 +88,9 @@ def test_what_has_no_exact_counterpart_is_refused(small_model, model_of, tokeniz
 
 FOREIGN = {
     "bias": ({"attention_bias": True}, "attention_bias=True"),
-    "family": ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+    "family": ({"model_type": "gpt2"}, "model_type='gpt2'"),
     "window": ({"use_sliding_window": True}, "use_sliding_window=True"),
+    "windows": ({"layer_types": ["sliding_attention"] * 3}, "layer_types="),
     "scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "RoPE scaling"),
     "half a scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "original_max_position"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),

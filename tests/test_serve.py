@@ -87,7 +87,7 @@ def test_half_a_character_waits_for_its_rest(tokenizer, model):
     engine = serve.Engine(model, tokenizer, "tiny")
     ids = [*tokenizer.encode("é🙂 你"), tokenizer.eos_id]
     serve_ids = iter(ids)
-    engine_stream, serve.stream = serve.stream, lambda *_: serve_ids
+    engine_stream, serve.stream = serve.stream, lambda *_, **__: serve_ids
     try:
         found = asyncio.run(collect(engine))
     finally:
