@@ -136,19 +136,18 @@ def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
     if args.yarn_factor:
         trained = args.yarn_from or trained_length(args.weight, folder)
         if not trained:
-            raise UserError(
-                "The weight does not say how long its texts were. Give --yarn_from TOKENS."
-            )
+            raise UserError("The weight does not say how long its texts were. Give --yarn_from.")
         model = stretch(model, args.yarn_factor, trained)
     return model, tokenizer
 
 
 def talker(args: Chat) -> Callable[[list[dict]], str]:
     """Return what answers a conversation: a model of ours, or llama.cpp."""
-    sampling = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
-    )
+    names = ("max_new_tokens", "temperature", "top_p")
+    sampling = {name: getattr(args, name) for name in names}
     if args.weight.endswith(".gguf"):
+        if args.yarn_factor:
+            raise UserError("A GGUF carries its own scaling: export it with --yarn_factor.")
         server = open_gguf(args.weight)
         return lambda messages: gguf_chat(server, messages, **sampling)
     model, tokenizer = open_weight(args)
@@ -193,32 +192,27 @@ def score_text(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
     trained = args.yarn_from or trained_length(args.weight, folder_of(args.preset, args.out_dir))
     length = args.length or int((trained or 512) * max(1, args.yarn_factor))
     nats = text_nats(model, tokenizer, text, length)
-    print(
-        f"\n{args.text_path}: {len(text.encode()):,} bytes, {int((~nats.isnan()).sum()):,} tokens in windows of {length}"
-    )
+    bytes_, tokens = len(text.encode()), int((~nats.isnan()).sum())
+    print(f"\n{args.text_path}: {bytes_:,} bytes, {tokens:,} tokens in windows of {length}")
     print(f"perplexity per token   {perplexity_of(nats):9.3f}   (depends on the tokenizer)")
     print(f"bits per byte          {bits_per_byte_of(nats, text):9.3f}   (does not)")
     if 0 < trained < length:
         near, far = float(nats[:, :trained].nanmean()), float(nats[:, trained:].nanmean())
-        print(
-            f"loss per token         {near:9.3f}   in the first {trained} of a window, {far:.3f} beyond"
-        )
+        where = f"in the first {trained} of a window, {far:.3f} beyond"
+        print(f"loss per token         {near:9.3f}   {where}")
 
 
 def score_questions(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
     """Print the share of right choices with its chance level and interval."""
     questions = read_questions(args.choices_path)
     logps = choice_logps(model, tokenizer, questions, args.as_chat)
-    print(
-        f"\n{args.choices_path}: {len(questions)} questions {'as chat' if args.as_chat else 'as plain text'}"
-    )
-    for per_byte in (False, True):
-        score = score_choices(questions, logps, per_byte)
+    how = "as chat" if args.as_chat else "as plain text"
+    print(f"\n{args.choices_path}: {len(questions)} questions {how}")
+    for name in ("log-likelihood", "log-likelihood per byte"):
+        score = score_choices(questions, logps, per_byte=name.endswith("byte"))
         low, high = score.interval
-        print(
-            f"log-likelihood{' per byte' if per_byte else '':9}   {score.share:.3f}   (95%: {low:.3f} to {high:.3f}, "
-            f"chance {score.chance:.3f}: {score.verdict})"
-        )
+        verdict = f"95%: {low:.3f} to {high:.3f}, chance {score.chance:.3f}: {score.verdict}"
+        print(f"{name:23}   {score.share:.3f}   ({verdict})")
 
 
 def held_out(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:

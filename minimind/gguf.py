@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
@@ -46,9 +47,7 @@ def write_gguf(model: MiniMind, tokenizer: Tokenizer, path: str | Path) -> Path:
         UserError: the package `gguf` is missing, or llama.cpp has no exact counterpart.
     """
     if not model.config.norm_topk_prob and model.config.use_moe:
-        raise UserError(
-            "llama.cpp always normalises the weights of the chosen experts; this model does not."
-        )
+        raise UserError("llama.cpp always normalises the chosen experts' weights; this model not.")
     gguf, path = needed("gguf", "gguf"), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     architecture = _ARCHITECTURE[family(model.config)]
@@ -69,7 +68,7 @@ def write_gguf(model: MiniMind, tokenizer: Tokenizer, path: str | Path) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"Could not write {path}: {error}. Free some space, or choose another place."
+            f"Could not write {path}: {error}. Free space, or choose another."
         ) from error
     return path
 
@@ -97,9 +96,7 @@ def _write_shape(writer: Any, gguf: Any, config: ModelConfig) -> None:
 
 def _write_yarn(writer: Any, gguf: Any, scaling: dict) -> None:
     if (scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)) != (32, 1):
-        raise UserError(
-            f"llama.cpp reads no beta_fast or beta_slow from the file, and this has {scaling}."
-        )
+        raise UserError(f"llama.cpp reads no beta_fast or beta_slow from a GGUF: {scaling}")
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(scaling["factor"])
     writer.add_rope_scaling_orig_ctx_len(int(scaling["original_max_position_embeddings"]))
@@ -109,10 +106,10 @@ def _write_yarn(writer: Any, gguf: Any, scaling: dict) -> None:
 
 def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     content = json.loads(tokenizer.to_json())
+    writer.add_tokenizer_pre(pre_tokenizer(content))
     added = {token["id"]: token for token in content["added_tokens"]}
     words = {index: word for word, index in content["model"]["vocab"].items()}
-    kinds, tokens = gguf.TokenType, []
-    types = []
+    kinds, tokens, types = gguf.TokenType, [], []
     for index in range(vocab_size):
         token = added.get(index)
         kind = kinds.NORMAL if index in words else kinds.UNUSED
@@ -122,7 +119,6 @@ def _write_tokenizer(writer: Any, gguf: Any, tokenizer: Tokenizer, vocab_size: i
         types.append(kind)
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(content))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -146,7 +142,8 @@ def pre_tokenizer(content: dict) -> str:
     plain = byte_level and steps[-1].get("use_regex", True) and not content["normalizer"]
     names = {"[]": "gpt-2", json.dumps([_DIGITS]): "smollm"}
     name = names.get(json.dumps(steps[:-1]))
-    if name is None or not plain or content["model"]["type"] != "BPE":
+    model = content["model"]
+    if name is None or not plain or model["type"] != "BPE" or model.get("ignore_merges"):
         raise UserError(
             f"llama.cpp has no pre-tokenizer equal to {json.dumps(steps)}, so the GGUF would see "
             "other tokens than the model was trained on."
@@ -161,9 +158,8 @@ def gguf_tensors(model: MiniMind) -> dict[str, np.ndarray]:
     for name, tensor in export_state(model).items():
         block, stem = _split(name.removesuffix(".weight"))
         if ".experts." in name:  # mlp.experts.3.gate_proj: in order, since state dicts are
-            stacks.setdefault(f"{block}ffn_{stem.split('.')[-1].split('_')[0]}_exps", []).append(
-                tensor
-            )
+            part = stem.split(".")[-1].removesuffix("_proj")
+            stacks.setdefault(f"{block}ffn_{part}_exps", []).append(tensor)
             continue
         if not config.qk_norm and stem.endswith(("q_proj", "k_proj")):
             tensor = interleave(tensor, config.head_dim)
@@ -206,6 +202,7 @@ def open_gguf(path: str | Path) -> Any:
     settings.n_ctx, settings.n_parallel, settings.warmup, settings.verbosity = 4096, 1, False, -1
     settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.reasoning_format = llama.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     try:
         return llama.Server(settings)

@@ -348,7 +348,8 @@ def trained_length(weight: str | Path, out_dir: str | Path = "out") -> int:
         stages = load_sidecar(find_weight(str(weight), out_dir))["stages"]
     except UserError:
         return 0
-    return max((stage["settings"]["max_seq_len"] for stage in stages), default=0)
+    lengths = [stage.get("settings", {}).get("max_seq_len", 0) for stage in stages]
+    return max(lengths, default=0)
 
 
 def stretch(model: MiniMind, factor: float, trained: int) -> MiniMind:

@@ -167,17 +167,14 @@ def choice_logps(
     As plain text the question follows `<|endoftext|>` and the choice follows a space; as chat the
     question is the user's turn and the choice the assistant's, its `<|im_end|>` included.
     """
-    pairs = [
-        _encode(tokenizer, q.question, choice, as_chat) for q in questions for choice in q.choices
-    ]
+    texts = [(q.question, choice) for q in questions for choice in q.choices]
+    pairs = [_encode(tokenizer, *text, as_chat) for text in texts]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     logps = [0.0] * len(pairs)
     for start in range(0, len(order), BATCH):
         places = order[start : start + BATCH]
-        rows = [
-            {"input_ids": p + c, "labels": [IGNORED] * len(p) + c}
-            for p, c in (pairs[i] for i in places)
-        ]
+        found = [pairs[place] for place in places]
+        rows = [{"input_ids": p + c, "labels": [IGNORED] * len(p) + c} for p, c in found]
         batch = pad_batch(rows, tokenizer.pad_id)
         logits = model(batch["input_ids"].to(model.device))
         sums = token_logps(logits, batch["labels"].to(model.device)).sum(1)
@@ -192,9 +189,8 @@ def _encode(
 ) -> tuple[list[int], list[int]]:
     if not as_chat:
         return [tokenizer.pad_id, *tokenizer.encode(question)], tokenizer.encode(" " + choice)
-    prompt = tokenizer.encode_chat(
-        [{"role": "user", "content": question}], add_generation_prompt=True
-    )
+    asked = [{"role": "user", "content": question}]
+    prompt = tokenizer.encode_chat(asked, add_generation_prompt=True)
     return prompt, [*tokenizer.encode(choice), tokenizer.eos_id]
 
 

@@ -15,6 +15,7 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import uvicorn
@@ -296,4 +297,5 @@ def serve(model: MiniMind, tokenizer: Tokenizer, name: str, port: int) -> None:
     server, listener = make_server(make_app(model, tokenizer, name), port)
     where = f"http://{HOST}:{listener.getsockname()[1]}/v1"
     print(f"Serving {name!r} at {where} (this machine only; Ctrl-C ends it)", flush=True)
-    server.run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # uvicorn shuts down, then raises it again
+        server.run(sockets=[listener])

@@ -89,6 +89,8 @@ def test_an_export_stays_beside_its_weight(weight, here):
 def test_refusals(weight, here):
     with pytest.raises(UserError, match=r"run by llama\.cpp"):
         dispatch(["eval", "--weight", "x.gguf"])
+    with pytest.raises(UserError, match="carries its own scaling"):
+        dispatch(["chat", "--weight", "x.gguf", "--yarn_factor", "2"])
     with pytest.raises(UserError, match=r"Did you mean 'sft'"):
         dispatch(["eval", "--preset", "full", "--stage", "sfft"])
     with pytest.raises(UserError, match="--yarn_from"):
