@@ -9,6 +9,7 @@ Everything is read with `weights_only=True`: a file can hold numbers, not code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from minimind.config import ModelConfig
+from minimind.config import ModelConfig, TrainConfig
 from minimind.errors import UserError
+from minimind.lora import add_lora, load_lora, merge_lora
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
@@ -202,6 +204,18 @@ def find_weight(weight: str, out_dir: str | Path = "out") -> Path:
     )
 
 
+def starting_weight(config: TrainConfig) -> Path:
+    """Return the file of `from_weight`: a path, or a name in out_dir. UserError if there is none."""
+    path = Path(config.from_weight)
+    if path.suffix != ".pth":
+        path = weight_path(config.out_dir, config.from_weight, config.hidden_size)
+        if not path.is_file():
+            raise UserError(
+                f"There is no weight {path} to start from. {how_to_make(config.from_weight, config.out_dir)}"
+            )
+    return find_weight(str(path))
+
+
 STAGE_OF_WEIGHT = {
     "pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo", "reason": "reason",
     "grpo": "grpo", "spo": "spo", "full_dist": "distill",
@@ -226,6 +240,41 @@ def load(weight: str, out_dir: str | Path = "out") -> tuple[MiniMind, Tokenizer]
         UserError: no such weight, a damaged file, or one that does not fit its config.
     """
     path = find_weight(str(weight), out_dir)
+    model, sidecar = load_model(path)
+    return model.eval(), Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+
+
+def load_model(path: Path) -> tuple[MiniMind, dict]:
+    """Return the model of a weight file and its sidecar; an adapter comes merged into its base."""
     sidecar = load_sidecar(path)
-    model = build(ModelConfig.from_dict(sidecar["config"], path), read_tensors(path), path)
-    return model, Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    if "lora" in sidecar:
+        return load_adapted(path, sidecar["lora"]), sidecar
+    return build(ModelConfig.from_dict(sidecar["config"], path), read_tensors(path), path), sidecar
+
+
+def load_adapted(path: Path, lora: dict) -> MiniMind:
+    """Return the base that an adapter names, with the adapter merged into it.
+
+    Raises:
+        UserError: the base is missing or is not the one that the adapter was trained on.
+    """
+    base = path.parent / lora["base_weight"]
+    if not base.is_file():
+        raise UserError(
+            f"{path} is an adapter; its base weight {base} is missing. "
+            f"{how_to_make(base.stem.rpartition('_')[0], base.parent)}"
+        )
+    if fingerprint(base) != lora["base_sha256"]:
+        raise UserError(
+            f"{path} was trained on another {base} than the one that is there now. Train the "
+            f"adapter again. {how_to_make(path.stem.rpartition('_')[0], path.parent)}"
+        )
+    model, _ = load_model(base)
+    add_lora(model, lora["r"], lora["alpha"], lora["target_modules"])
+    load_lora(model, read_tensors(path), path)
+    return merge_lora(model)
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -234,7 +234,14 @@ class SFTConfig(TrainConfig):
 
 @dataclass
 class LoRAConfig(TrainConfig):
-    """Low-rank adapters on a frozen model, trained like SFT."""
+    """Low-rank adapters on a frozen model, trained like SFT.
+
+    Attributes:
+        lora_r: rank of each update.
+        lora_alpha: strength; the update is scaled by lora_alpha / lora_r.
+        target_modules: projections that get one, among q_proj k_proj v_proj o_proj gate_proj
+            up_proj down_proj.
+    """
 
     data_path: str = "dataset/lora_identity.jsonl"
     from_weight: str = "full_sft"
@@ -348,7 +355,15 @@ PRESETS: dict[str, dict[str, dict]] = {
             _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=3.2
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
+        "lora": dict(
+            _COURSE,
+            learning_rate=3e-3,
+            epochs=4,
+            batch_size=32,
+            lora_r=4,
+            lora_alpha=8,
+            target_modules=("gate_proj", "up_proj", "down_proj"),
+        ),
         "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
         "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -154,16 +154,46 @@ def measure_sft(
     model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
 ) -> tuple[dict, list]:
     """Exact match over all held-out questions, and over each kind."""
-    rows = read_jsonl(data_samples("sft_heldout.jsonl"), check_conversation)
-    rows = rows if limit is None else rows[:: max(1, len(rows) // limit)]
-    found = answers(model.eval(), tokenizer, rows)
+    found = sft_answers(model, tokenizer, limit)
     measures = {"exact_match": Measure(share_right(found), "higher", len(found))}
     for kind, group in by_kind(found).items():
         measures[f"exact_match_{kind}"] = Measure(share_right(group), "higher", len(group))
     return measures, found
 
 
-MEASURES = {"pretrain": measure_pretrain, "sft": measure_sft}
+def sft_answers(model: MiniMind, tokenizer: Tokenizer, limit: int | None = None) -> list[Answer]:
+    """Answer the held-out questions of SFT (about `limit` of them, of all kinds)."""
+    rows = read_jsonl(data_samples("sft_heldout.jsonl"), check_conversation)
+    rows = rows if limit is None else rows[:: max(1, len(rows) // limit)]
+    return answers(model.eval(), tokenizer, rows)
+
+
+def measure_lora(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """The persona on questions that no chat asks, and what is left of SFT's exact match.
+
+    `persona` asks for the whole answer: the right fact, then the signature. `persona_signed` looks
+    at the last sentence alone. The adapter signs whatever it is asked, and should; so
+    `sft_exact_match` takes a signature off an answer before it compares.
+    """
+    rows = read_jsonl(data_samples("lora_heldout.jsonl"), check_conversation)[:limit]
+    found = answers(model.eval(), tokenizer, rows)
+    manner = " " + found[0].expected.rsplit(". ", 1)[-1]
+    signed = sum(answer.answer.strip().endswith(manner) for answer in found)
+    chats = [
+        replace(chat, answer=chat.answer.strip().removesuffix(manner))
+        for chat in sft_answers(model, tokenizer, limit)
+    ]
+    measures = {
+        "persona": Measure(share_right(found), "higher", len(found)),
+        "persona_signed": Measure(signed / len(found), "higher", len(found)),
+        "sft_exact_match": Measure(share_right(chats), "higher", len(chats)),
+    }
+    return measures, found
+
+
+MEASURES = {"pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora}
 
 
 def samples(found: Sequence[Answer], each: int = 2) -> list[dict]:
