@@ -21,6 +21,7 @@ from minimind.data import IGNORED, Batch
 from minimind.errors import UserError, bad_value
 from minimind.stages.common import frozen_copy, k3, sequence_mean, token_logps
 from minimind.stages.rl import (
+    SAMPLES_EVERY,
     Reward,
     add_logps,
     make_reward,
@@ -152,10 +153,13 @@ class GRPO:
         add_logps("ref_logps", self.reference, training, config)
         if config.num_iterations > 1:
             add_logps("old_logps", model, training, config)
-        if step % (SAMPLES_EVERY * config.log_interval) == 0:
-            print_sample(answers, step)
+        print_sample(answers, step, every=SAMPLES_EVERY * config.log_interval)
         figures = {**answers.figures(), "dead_groups": float(dead.float().mean())}
         return [training] * config.num_iterations, figures
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of answers in the batch."""
+        return len(batch["input_ids"])
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """`grpo_loss` of the answers in the batch.
@@ -182,7 +186,7 @@ def grpo_task(config: GRPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Tas
         * len(problems),  # not bucketed: a batch of one length is a batch of one difficulty
         collate=problem_numbers,
         loss=stage.loss,
-        count=lambda batch: len(batch["input_ids"]),
+        count=stage.count,
         rollout=stage.rollout,
         warnings=warnings,
     )

@@ -140,6 +140,8 @@ def sample_answers(
 ) -> Answers:  # fmt: skip
     """Sample `num_generations` answers to every problem at temperature 1, and reward them.
 
+    An answer that was cut earns at most 0, whatever it holds: the model is to learn to end.
+
     No temperature, no top-p: they come from exactly the distribution whose log-probabilities are
     trained. The sample depends on the weights, the seed and the step alone.
     """
@@ -151,7 +153,7 @@ def sample_answers(
     each = [i for i in range(len(problems)) for _ in range(num_generations)]
     rows = [problems[i] for i in each]
     texts = [tokenizer.decode(completion) for completion in sampled.completions]
-    scores = reward(rows, texts).masked_fill(sampled.truncated, 0)
+    scores = reward(rows, texts)
     return Answers(
         problems=rows,
         prompts=[prompts[i] for i in each],
@@ -159,7 +161,7 @@ def sample_answers(
         logps=sampled.logps,
         texts=texts,
         truncated=sampled.truncated,
-        rewards=scores,
+        rewards=torch.where(sampled.truncated, scores.clamp(max=0), scores),
         right=torch.tensor([
             exact(text, row["answer"]) if "answer" in row else float("nan")
             for row, text in zip(rows, texts, strict=True)
@@ -207,8 +209,10 @@ def add_logps(name: str, model: nn.Module, batches: Sequence[Batch], config: RLC
         batch[name] = token_logps(logits, batch["labels"].to(device))
 
 
-def print_sample(answers: Answers, step: int) -> None:
-    """Print one of the answers; another place in the batch each time."""
+def print_sample(answers: Answers, step: int, every: int) -> None:
+    """Print one answer of each `every`-th step, from another place in the batch each time."""
+    if step % every:
+        return
     i = step % len(answers.texts)
     question = answers.problems[i]["conversations"][-2]["content"]
     wanted = answers.problems[i].get("answer")

@@ -1,13 +1,19 @@
 """GRPO: its two formulas against slow ones written out, the rollouts, and the run as a whole."""
 
+import json
 import math
 
 import pytest
 import torch
+from helpers import SMALL, write_lines
 
+import minimind
 from minimind import UserError
-from minimind.stages.common import k3
-from minimind.stages.grpo import group_advantages, grpo_loss
+from minimind.checkpoint import read_tensors, save_weight
+from minimind.config import data_samples, stage_config
+from minimind.stages.common import frozen_copy, k3
+from minimind.stages.grpo import GRPO, group_advantages, grpo_loss
+from minimind.trainer import Run, make_optimizer, make_scaler, optimizer_step
 
 EPS = 0.2
 
@@ -184,5 +190,137 @@ def test_k3_is_the_kl_on_average():
 
 def test_an_unknown_policy_loss_is_named():
     x = torch.zeros(2, 1)
-    with pytest.raises(UserError, match="'ppo'.*cispo"):
+    with pytest.raises(UserError, match=r"'ppo'.*cispo"):
         grpo_loss(x, x, x, torch.zeros(2), torch.ones(2, 1), 0.0, EPS, "ppo")
+
+
+# The stage
+
+
+def problems(count=6):
+    return [
+        {"conversations": [{"role": "user", "content": f"What is {i}+{2 * i}?" + " Say it." * (i % 3)},
+                           {"role": "assistant", "content": ""}], "answer": str(3 * i)}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def early(rows, texts):
+    """A reward that can be learnt in a moment: how many of the answer's letters are a to m."""
+    shares = [sum(c in "abcdefghijklm" for c in text) / max(len(text), 1) for text in texts]
+    return torch.tensor(shares)
+
+
+@pytest.fixture
+def make_stage(small_model, tokenizer):
+    def make(reward=early, **settings):
+        defaults = {
+            "num_generations": 4,
+            "max_new_tokens": 6,
+            "dtype": "float32",
+            "device": "cpu",
+            "log_interval": 1,
+        }
+        config = stage_config("grpo", **{**defaults, **settings})
+        model = small_model(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
+        with torch.no_grad():  # the end has a chance everywhere: one direction is always there
+            model.model.embed_tokens.weight[:, 0] = 3.0
+            model.lm_head.weight[tokenizer.eos_id] = 0.0
+            model.lm_head.weight[tokenizer.eos_id, 0] = 3.3
+        return model, GRPO(config, tokenizer, problems(), frozen_copy(model), reward)
+
+    return make
+
+
+def gradient(model, stage, batches):
+    """The gradient that the optimizer is given for a group of batches."""
+    run = Run(model, make_optimizer(model, stage.config), make_scaler(stage.config, model.device))
+    seen = {}
+    run.optimizer.step = lambda: seen.update(
+        {name: p.grad.clone() for name, p in model.named_parameters()}
+    )
+    loss, metrics, _ = optimizer_step(run, batches, stage, 1e-3, stage.config)
+    return float(loss), metrics, seen
+
+
+PROMPTS = [{"row": torch.tensor([0, 3])}, {"row": torch.tensor([5])}]
+
+
+def test_a_rollout_becomes_batches_whose_labels_are_the_sampled_tokens(make_stage, tokenizer):
+    model, stage = make_stage(num_iterations=2, beta=0.1)
+    groups, figures = stage.rollout(model, PROMPTS, 0)
+    assert len(groups) == 2 and groups[0] is groups[1]
+    asked = {}
+    for batch in groups[0]:
+        for ids, labels, advantage in zip(
+            batch["input_ids"], batch["labels"], batch["advantages"], strict=True
+        ):
+            start = int((labels != -100).nonzero()[0])
+            said = labels[labels != -100]
+            assert 1 <= len(said) <= 6 and ids[start : start + len(said)].tolist() == said.tolist()
+            asked.setdefault(tokenizer.decode(ids[:start]), []).append(float(advantage))
+    assert [q for i in (0, 3, 5) for q in asked if f"What is {i}+" in q] and len(asked) == 3
+    assert all(len(group) == 4 and abs(sum(group)) < 1e-4 for group in asked.values())
+    assert 1 <= figures["length"] <= 6 and figures["entropy"] > 0 and figures["dead_groups"] == 0
+
+
+def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(make_stage):
+    for dtype in ("float32", "bfloat16"):
+        model, stage = make_stage(num_iterations=3, beta=0.1, dtype=dtype)
+        groups, _ = stage.rollout(model, PROMPTS, 0)
+        _, metrics, _ = gradient(model, stage, groups[0])
+        assert metrics["kl"] == 0 and metrics["clip_fraction"] == 0
+        for batch in groups[0]:
+            torch.testing.assert_close(batch["old_logps"], batch["ref_logps"], atol=0, rtol=0)
+
+
+def test_groups_without_a_difference_are_left_out_only_where_they_have_no_gradient(make_stage):
+    def only_two(rows, texts):
+        return early(rows, texts) * torch.tensor([float(row["answer"] != "9") for row in rows])
+
+    model, stage = make_stage(only_two, beta=0.0)
+    short, figures = stage.rollout(model, PROMPTS, 0)
+    assert figures["dead_groups"] == pytest.approx(1 / 3)
+    assert sum(len(batch["input_ids"]) for batch in short[0]) == 8
+    loss, _, fast = gradient(model, stage, short[0])
+    model, whole = make_stage(only_two, beta=1e-30)
+    model.load_state_dict(stage.reference.state_dict())
+    long, _ = whole.rollout(model, PROMPTS, 0)
+    assert sum(len(batch["input_ids"]) for batch in long[0]) == 12
+    full_loss, _, full = gradient(model, whole, long[0])
+    assert loss == pytest.approx(full_loss, abs=1e-6)
+    for name, expected in full.items():
+        torch.testing.assert_close(fast[name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_when_all_rewards_are_equal_nothing_is_learnt(make_stage):
+    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), 0.3), beta=0.0)
+    groups, figures = stage.rollout(model, PROMPTS, 0)
+    loss, _, found = gradient(model, stage, groups[0])
+    assert figures["dead_groups"] == 1 and loss == pytest.approx(0, abs=1e-6)
+    assert max(float(g.abs().max()) for g in found.values()) < 1e-4
+
+
+def test_an_answer_that_never_ends_is_cut_counted_and_earns_nothing(make_stage, tokenizer):
+    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), 2.0), num_generations=16)
+    groups, figures = stage.rollout(model, PROMPTS, 1)
+    assert 0 < figures["truncated"] < 1
+    assert figures["reward"] == pytest.approx(2 * (1 - figures["truncated"]))
+    for batch in groups[0]:
+        ended = (batch["labels"] == tokenizer.eos_id).any(1)
+        assert (batch["advantages"][ended] > 0).all() and (batch["advantages"][~ended] < 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.0}, {"beta": 0.02, "num_iterations": 2, "policy_loss": "cispo"}]
+)
+def test_the_reward_rises(make_stage, settings):
+    model, stage = make_stage(num_generations=8, learning_rate=3e-3, **settings)
+    run = Run(model, make_optimizer(model, stage.config), make_scaler(stage.config, model.device))
+    rewards = []
+    for step in range(12):
+        groups, figures = stage.rollout(model, PROMPTS, step)
+        rewards.append(figures["reward"])
+        for group in groups:
+            optimizer_step(run, group, stage, 3e-3, stage.config)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
