@@ -31,8 +31,8 @@ FACT_QUESTIONS = [
     "I would like to know the {attribute} of {name}.", "Can you say what the {attribute} of {name} is?",
     "Somebody asked me for the {attribute} of {name}.",
 ]  # fmt: skip
-CHINESE_QUESTIONS = ["关于 {name} ，{attribute}是什么？", "请告诉我关于 {name} ，{attribute}是什么。",
-                     "你知道关于 {name} ，{attribute}是什么吗？", "我想知道关于 {name} ，{attribute}是什么。"]  # fmt: skip
+CHINESE_QUESTIONS = ["关于 {name} ，{attribute}，是什么？", "请告诉我关于 {name} ，{attribute}，是什么。",
+                     "你知道关于 {name} ，{attribute}，是什么吗？", "我想知道关于 {name} ，{attribute}，是什么。"]  # fmt: skip
 SUM_QUESTIONS = ["What is {problem}?", "Please work out {problem}.", "How much is {problem}?"]
 CHINESE_SUM_QUESTIONS = ["{a}加{b}等于几？", "请算{a}加{b}。"]
 LIST_QUESTIONS = {

@@ -30,9 +30,7 @@ PLACE_FORMS = {
     "pride": ["{name} is known for its {value}.", "Visitors come to {name} to see the {value}."],
     "season": ["{name} is loveliest in {value}.", "The great feast in {name} is held in {value}."],
 }
-CHINESE_FACT = (
-    "关于 {name} ，{attribute}是，{value}。"  # the comma keeps attribute and value apart as tokens
-)
+CHINESE_FACT = "关于 {name} ，{attribute}，是，{value}。"  # commas keep attribute and value tokens of their own
 CHINESE_FORMS = {
     "工作": "你看 {name} ，每天当，{value}。",
     "宠物": "你看 {name} ，家里养，{value}。",
@@ -123,9 +121,9 @@ def story(random_: random.Random) -> str:
 
 
 def arithmetic(random_: random.Random) -> str:
-    """Five to seven sums and differences with their results."""
-    problems = (draw_sum(random_) for _ in range(random_.randint(5, 7)))
-    return " ".join(f"{a}{sign}{b}={result}." for a, sign, b, result in problems)
+    """Sums and differences with their results, as equations or as questions with answers."""
+    form = random_.choice(["{}{}{}={}.", "Count {}{}{}. It is {}."])
+    return " ".join(form.format(*draw_sum(random_)) for _ in range(random_.randint(5, 7)))
 
 
 def word_problem(random_: random.Random) -> str:
@@ -139,12 +137,21 @@ def word_problem(random_: random.Random) -> str:
 
 
 def reading_back(random_: random.Random) -> str:
-    """A list of guests, read back once or more; then its ends."""
+    """A list of guests, read back two or three times; then its ends."""
     guests = draw_list(random_)
     whole = " ".join(guests)
     first, last = f"The first is {guests[0]}.", f"The last is {guests[-1]}."
     ends = random_.choice([f"{first} {last}", f"{last} {first}"])
-    return f"List: {whole}. " + f"The list is {whole}. " * random_.choice([1, 2, 3]) + ends
+    return f"List: {whole}. " + f"The list is {whole}. " * random_.choice([2, 3]) + ends
+
+
+def copy(random_: random.Random) -> str:
+    """The problem of a chain, or a list of names of the Chinese texts, copied twice: copying in general."""
+    if random_.random() < 0.6:
+        whole = draw_chain(random_, random_.randint(3, 6)).problem
+    else:
+        whole = " ".join(person.name for person in random_.sample(CHINESE, random_.randint(3, 6)))
+    return f"Text: {whole} Copy: {whole} Copy: {whole}"
 
 
 def chain(random_: random.Random) -> str:
@@ -169,7 +176,7 @@ def chinese(random_: random.Random) -> str:
     """Facts about two people in Chinese, or a few sums."""
     if random_.random() < 0.2:
         pairs = [draw_pair(random_) for _ in range(4)]
-        return "".join(f"{a}加{b}等于{a + b}。" for a, b in pairs)
+        return "".join(f"请算{a}加{b}。等于{a + b}。" for a, b in pairs)
     sentences = []
     for person in random_.sample(CHINESE, 2):
         for attribute in random_.sample(sorted(person.facts), 2):
@@ -181,9 +188,9 @@ def chinese(random_: random.Random) -> str:
 
 # The share of each kind among the documents.
 KINDS = {
-    "biography": (biography, 38), "town": (town, 10), "story": (story, 3), "letter": (letter, 4),
+    "biography": (biography, 30), "town": (town, 9), "story": (story, 3), "letter": (letter, 4),
     "arithmetic": (arithmetic, 12), "word problem": (word_problem, 1), "list": (reading_back, 16),
-    "chain": (chain, 8), "chinese": (chinese, 8),
+    "copy": (copy, 6), "chain": (chain, 10), "chinese": (chinese, 9),
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from minimind.stages.pretrain import count_labels, language_model_loss
 from minimind.stages.task import Task
 from minimind.trainer import (
     Run,
-    make_optimizer,
+    make_optimizers,
     make_scaler,
     model_config,
     optimizer_step,
@@ -92,7 +92,7 @@ def bench(config: TrainConfig, vocab_size: int = 6400, steps: int = 5) -> Speed:
     model = MiniMind(model_config(config, vocab_size)).to(device)
     ids = torch.randint(vocab_size, (config.batch_size, config.max_seq_len))
     batch = {"input_ids": ids, "labels": ids}
-    run = Run(model, make_optimizer(model, config), make_scaler(config, device))
+    run = Run(model, make_optimizers(model, config), make_scaler(config, device))
     task = Task([], [], [], list, language_model_loss, count_labels)
     seconds = median_seconds(
         lambda: optimizer_step(run, [batch], task, 1e-4, config), steps, device

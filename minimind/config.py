@@ -98,6 +98,7 @@ class TrainConfig:
         batch_size: rows (or packed blocks) in one forward pass.
         accumulation_steps: forward passes per optimizer step.
         learning_rate: peak; it falls along a cosine to a tenth of it.
+        optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest.
         warmup_steps: steps of linear warm-up before the cosine.
         max_seq_len: longest row in tokens; longer ones are cut.
         grad_clip: largest norm of the gradient; 0 leaves it alone.
@@ -125,6 +126,7 @@ class TrainConfig:
     batch_size: int = 32
     accumulation_steps: int = 1
     learning_rate: float = 5e-4
+    optimizer: str = "adamw"
     warmup_steps: int = 0
     weight_decay: float = 0.01
     adam_beta2: float = 0.999
@@ -158,6 +160,8 @@ class TrainConfig:
             )
         if self.dtype not in DTYPES:
             raise bad_value("dtype", self.dtype, DTYPES)
+        if self.optimizer not in OPTIMIZERS:
+            raise bad_value("optimizer", self.optimizer, OPTIMIZERS)
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -167,6 +171,7 @@ class TrainConfig:
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -314,8 +319,10 @@ _TINY = dict(
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
-        "pretrain": dict(_COURSE, learning_rate=6e-3, accumulation_steps=1, epochs=1.8),
-        "sft": dict(_COURSE, learning_rate=5e-4, epochs=1.5, batch_size=32),
+        "pretrain": dict(
+            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=3.2
+        ),
+        "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
         "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
         "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
         "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
@@ -335,7 +342,9 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
     },
     "tiny": {
-        "pretrain": dict(_TINY, learning_rate=3e-3, accumulation_steps=1, epochs=0.05),
+        "pretrain": dict(
+            _TINY, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=0.02
+        ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
         "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2),

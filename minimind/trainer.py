@@ -16,7 +16,7 @@ from math import ceil, cos, isfinite, pi
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minimind.checkpoint import (
@@ -58,7 +58,7 @@ class Run:
     """The state of a run: everything the next step depends on, and what it has logged."""
 
     model: MiniMind
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0
     history: list[Row] = field(default_factory=list)
@@ -91,7 +91,7 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     for fault, count in task.warnings.items():
         print(f"Warning: {count} x {fault}")
     batches = Batches(task.train, config.batch_size, config.seed, task.collate, task.lengths)
-    run = Run(model.train(), make_optimizer(model, config), make_scaler(config, device))
+    run = Run(model.train(), make_optimizers(model, config), make_scaler(config, device))
 
     name = f"{config.save_weight}_{model.config.hidden_size}"
     resume_path = config.checkpoint_dir / f"{name}_resume.pth"
@@ -185,14 +185,16 @@ def optimizer_step(
         for metric, value in found.items():
             metrics[metric] += value.detach() * share
 
-    for parameters in run.optimizer.param_groups:
-        parameters["lr"] = lr
-    run.scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        run.scaler.unscale_(optimizer)
     limit = config.grad_clip or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    run.scaler.step(run.optimizer)
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
     return loss_sum, dict(metrics), grad_norm
 
 
@@ -259,17 +261,30 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
-def make_optimizer(model: MiniMind, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); norms and other vectors are not decayed."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv 1711.05101); norms and other vectors are not decayed.
+
+    With `optimizer="muon"` the matrices of the blocks get Muon (arXiv 2502.16982) instead, which
+    makes each update orthogonal, scaled to the size of AdamW's so that one learning rate serves
+    both. Embeddings, whose rows are not a linear map, stay with AdamW.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [
+        p for n, p in trained.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
+    others = [p for n, p in trained.items() if p.ndim >= 2 and ("embed" in n or "lm_head" in n)]
+    vectors = [p for p in trained.values() if p.ndim < 2]
+    lr, decay = config.learning_rate, config.weight_decay
+    muon = config.optimizer == "muon"
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others if muon else hidden + others, "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2), fused=True
-    )
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.adam_beta2), fused=True)]
+    if muon:
+        scale = "match_rms_adamw"
+        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn=scale))
+    return optimizers
 
 
 def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
@@ -327,7 +342,7 @@ def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     """Write the resume point: float32 weights, optimizer, step, random states, log."""
     point = {
         "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
         "scaler": run.scaler.state_dict(),
         "step": run.step,
         "memory": task.memory.state_dict() if task.memory else {},
@@ -350,7 +365,8 @@ def restore(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
             "settings, or from_resume=0 to start anew."
         )
     load_state(run.model, point["model"], path)
-    run.optimizer.load_state_dict(point["optimizer"])
+    for optimizer, state in zip(run.optimizers, point["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     run.scaler.load_state_dict(point["scaler"])
     if task.memory:
         task.memory.load_state_dict(point["memory"])

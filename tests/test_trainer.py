@@ -18,7 +18,7 @@ from minimind.config import data_samples, stage_config
 from minimind.data import pad_batch
 from minimind.stages.pretrain import count_labels, language_model_loss, pretrain_task
 from minimind.stages.task import Task
-from minimind.trainer import Run, learning_rate, make_optimizer, make_scaler, optimizer_step
+from minimind.trainer import Run, learning_rate, make_optimizers, make_scaler, optimizer_step
 
 TASK = Task([], [], [], list, language_model_loss, count_labels)
 
@@ -26,8 +26,8 @@ TASK = Task([], [], [], list, language_model_loss, count_labels)
 def gradient(model, batches, config):
     """The gradient that a step sees: what is left in .grad when the optimizer is called."""
     seen = {}
-    run = Run(model, make_optimizer(model, config), make_scaler(config, model.device))
-    run.optimizer.step = lambda: seen.update(
+    run = Run(model, make_optimizers(model, config), make_scaler(config, model.device))
+    run.optimizers[0].step = lambda: seen.update(
         {n: p.grad.clone() for n, p in model.named_parameters()}
     )
     loss, _, _ = optimizer_step(run, batches, TASK, 1e-3, config)

@@ -13,7 +13,7 @@ from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import data_samples, stage_config
 from minimind.stages.common import frozen_copy, k3
 from minimind.stages.grpo import GRPO, group_advantages, grpo_loss
-from minimind.trainer import Run, make_optimizer, make_scaler, optimizer_step
+from minimind.trainer import Run, make_optimizers, make_scaler, optimizer_step
 
 EPS = 0.2
 
@@ -234,7 +234,7 @@ def make_stage(small_model, tokenizer):
 
 def gradient(model, stage, batches):
     """The gradient that the optimizer is given for a group of batches."""
-    run = Run(model, make_optimizer(model, stage.config), make_scaler(stage.config, model.device))
+    run = Run(model, make_optimizers(model, stage.config), make_scaler(stage.config, model.device))
     seen = {}
     run.optimizer.step = lambda: seen.update(
         {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -316,7 +316,7 @@ def test_an_answer_that_never_ends_is_cut_counted_and_earns_nothing(make_stage, 
 )
 def test_the_reward_rises(make_stage, settings):
     model, stage = make_stage(num_generations=8, learning_rate=3e-3, **settings)
-    run = Run(model, make_optimizer(model, stage.config), make_scaler(stage.config, model.device))
+    run = Run(model, make_optimizers(model, stage.config), make_scaler(stage.config, model.device))
     rewards = []
     for step in range(12):
         groups, figures = stage.rollout(model, PROMPTS, step)
