@@ -208,7 +208,7 @@ def problems(count=6):
 def early(rows, texts):
     """A reward that can be learnt in a moment: how many of the answer's letters are a to m."""
     shares = [sum(c in "abcdefghijklm" for c in text) / max(len(text), 1) for text in texts]
-    return torch.tensor(shares)
+    return torch.tensor(shares), {}
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(make_stage):
 
 def test_groups_without_a_difference_are_left_out_only_where_they_have_no_gradient(make_stage):
     def only_two(rows, texts):
-        return early(rows, texts) * torch.tensor([float(row["answer"] != "9") for row in rows])
+        return early(rows, texts)[0] * torch.tensor([row["answer"] != "9" for row in rows]), {}
 
     model, stage = make_stage(only_two, beta=0.0)
     short, figures = stage.rollout(model, PROMPTS, 0)
@@ -294,7 +294,7 @@ def test_groups_without_a_difference_are_left_out_only_where_they_have_no_gradie
 
 
 def test_when_all_rewards_are_equal_nothing_is_learnt(make_stage):
-    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), -0.3), beta=0.0)
+    model, stage = make_stage(lambda rows, texts: (torch.full((len(rows),), -0.3), {}), beta=0.0)
     groups, figures = stage.rollout(model, PROMPTS, 0)
     loss, _, found = gradient(model, stage, groups[0])
     assert figures["dead_groups"] == 1 and loss == pytest.approx(0, abs=1e-6)
@@ -302,7 +302,9 @@ def test_when_all_rewards_are_equal_nothing_is_learnt(make_stage):
 
 
 def test_an_answer_that_never_ends_is_cut_counted_and_earns_nothing(make_stage, tokenizer):
-    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), 2.0), num_generations=16)
+    model, stage = make_stage(
+        lambda rows, texts: (torch.full((len(rows),), 2.0), {}), num_generations=16
+    )
     groups, figures = stage.rollout(model, PROMPTS, 1)
     assert 0 < figures["truncated"] < 1
     assert figures["reward"] == pytest.approx(2 * (1 - figures["truncated"]))
@@ -316,7 +318,7 @@ def test_an_answer_that_never_ends_is_cut_counted_and_earns_nothing(make_stage, 
     "settings", [{"beta": 0.0}, {"beta": 0.02, "num_iterations": 2, "policy_loss": "cispo"}]
 )
 def test_the_reward_rises(make_stage, settings):
-    model, stage = make_stage(lambda rows, texts: torch.tensor([float(len(t) < 9) for t in texts]),
+    model, stage = make_stage(lambda rows, texts: (torch.tensor([float(len(t) < 9) for t in texts]), {}),
                               num_generations=8, **settings)  # fmt: skip
     run = Run(model, make_optimizers(model, stage.config), make_scaler(stage.config, model.device))
     rewards = []
