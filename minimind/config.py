@@ -283,7 +283,17 @@ class ReasonConfig(TrainConfig):
 
 @dataclass
 class GRPOConfig(TrainConfig):
-    """Group relative policy optimisation. `max_seq_len` limits the prompt."""
+    """Group relative policy optimisation. `max_seq_len` limits the prompt.
+
+    Attributes:
+        max_new_tokens: an answer that has not ended by then is cut and counted as truncated.
+        num_generations: answers sampled for each prompt.
+        num_iterations: updates on the same answers; above 1 `clip_eps` limits how far they go.
+        beta: weight of the distance (KL) to the weights that the run started from.
+        policy_loss: "clip" as in PPO, or "cispo" (arXiv 2506.13585).
+        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reward_model_path: folder of a learned reward model, for problems without an "answer".
+    """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
     from_weight: str = "reason"
@@ -293,8 +303,10 @@ class GRPOConfig(TrainConfig):
     max_seq_len: int = 66
     max_new_tokens: int = 1536
     num_generations: int = 8
+    num_iterations: int = 1
     beta: float = 0.02
     clip_eps: float = 0.2
+    policy_loss: str = "clip"
     reasoning: int = 1
     reward_model_path: str = ""
 

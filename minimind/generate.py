@@ -7,14 +7,48 @@ what is sampled for it does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minimind.errors import UserError
 from minimind.model import KVCache, MiniMind
 from minimind.tokenizer import Message, Tokenizer
+
+
+@dataclass
+class Rollouts:
+    """Sampled answers, `N = prompts x num_generations` rows; those to one prompt stand together.
+
+    Rows start with the prompt, the answer follows, zeros fill up to T: a causal model needs no mask
+    to be trained on them, since nothing that is trained looks at the padding.
+
+    Attributes:
+        prompt_ids: the prompts, one per row.
+        prompt_lengths: (N,) tokens in each prompt.
+        input_ids: (N, T) prompt and answer.
+        mask: (N, T) bool, True where the token was sampled.
+        logps: (N, T) float32, ln p of the sampled tokens when they were sampled; 0 elsewhere.
+        finished: (N,) bool, ended with `eos_id`; the others were cut at `max_new_tokens`.
+        completions: the answers as token ids, the last `eos_id` included.
+    """
+
+    prompt_ids: list[list[int]]
+    prompt_lengths: Tensor
+    input_ids: Tensor
+    mask: Tensor
+    logps: Tensor
+    finished: Tensor
+    completions: list[list[int]]
+
+    @property
+    def truncated(self) -> Tensor:
+        """(N,) bool: cut before the answer ended."""
+        return ~self.finished
 
 
 def next_token_probabilities(
@@ -61,12 +95,13 @@ def left_pad(
 
 
 def row_streams(rows: int, steps: int, seed: int | None) -> Tensor:
-    """Return uniform numbers (rows, steps), row r from a generator of its own."""
+    """Return uniform numbers (rows, steps) in [0, 1), row r from a stream of its own.
+
+    Seed and row are hashed together, so the streams of two seeds have nothing in common.
+    """
     base = int(torch.randint(2**31, (1,))) if seed is None else seed
-    streams = [
-        torch.rand(steps, generator=torch.Generator().manual_seed(base + r)) for r in range(rows)
-    ]
-    return torch.stack(streams)
+    streams = [np.random.default_rng((base, r)).random(steps) for r in range(rows)]
+    return torch.from_numpy(np.stack(streams))
 
 
 @torch.no_grad()
@@ -82,33 +117,94 @@ def generate(
     Raises:
         UserError: no prompt, an empty prompt, or one that leaves no room for the answer.
     """
+    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, _, lengths = _decode(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def sample_rollouts(
+    model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
+    eos_id: int, seed: int | None = None,
+) -> Rollouts:  # fmt: skip
+    """Sample `num_generations` answers to every prompt, in rows p0, p0, …, p1, p1, …
+
+    They come from exactly the distribution that is trained: temperature 1, no top-k, no top-p. A
+    prompt is read once; its keys and values are shared by its group. `logps` are those of the
+    sampling itself. Under autocast the rollouts run in its precision, as the training does.
+
+    Raises:
+        UserError: as `generate`, or num_generations below 1.
+    """
+    if num_generations < 1:
+        raise UserError(f"num_generations={num_generations} must be at least 1.")
+    tokens, logps, lengths = _decode(
+        model, prompts, num_generations, max_new_tokens, eos_id, seed, next_token_probabilities
+    )
+    return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
+
+
+def _as_rollouts(
+    prompts: Sequence[Sequence[int]], copies: int, tokens: Tensor, logps: Tensor, lengths: Tensor, eos_id: int
+) -> Rollouts:  # fmt: skip
+    """Put prompts and answers, tokens and logps (N, M) with lengths (N,), into right-padded rows."""
+    prompt_ids = [list(prompt) for prompt in prompts for _ in range(copies)]
+    completions = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    starts = torch.tensor([len(prompt) for prompt in prompt_ids], device=tokens.device)
+    rows = [p + c for p, c in zip(prompt_ids, completions, strict=True)]
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=tokens.device)
+    place = torch.arange(width, device=tokens.device) - starts[:, None]  # in the answer
+    mask = (place >= 0) & (place < lengths[:, None])
+    last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+    logps = logps.gather(1, place.clamp(0, logps.shape[1] - 1)).masked_fill(~mask, 0.0)
+    return Rollouts(prompt_ids, starts, input_ids, mask, logps, last == eos_id, completions)
+
+
+def _decode(
+    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
+    seed: int | None, shape: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Continue every prompt `copies` times; the loop behind everything that samples.
+
+    Args:
+        shape: logits (B, V) to the distribution that is sampled (B, V).
+
+    Returns:
+        tokens (N, max_new_tokens), ln p of each, and how many of each row count, (N,).
+    """
     _check_prompts(model, prompts, max_new_tokens)
     was_training = model.training
     model.eval()
     ids, mask = left_pad(prompts, 0, model.device)
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    uniform = row_streams(len(prompts), max_new_tokens, seed).to(model.device)
-    alive = torch.arange(len(prompts), device=model.device)  # which prompt each row of the batch is
-    completions: list[list[int]] = [[] for _ in prompts]
-    padded = len({len(prompt) for prompt in prompts}) > 1
+    logits = model.lm_head(model.model(ids, mask, cache)[:, -1]).repeat_interleave(copies, 0)
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
+    cache.keep_rows(rows)
+    mask, alive = mask[rows], torch.arange(len(rows), device=model.device)
+    uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
+    tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=model.device)
+    logps = torch.zeros(len(rows), max_new_tokens, device=model.device)
+    lengths = torch.zeros_like(alive)
 
     for step in range(max_new_tokens):
-        hidden = model.model(ids, mask if padded else None, cache)[:, -1]
-        probabilities = next_token_probabilities(model.lm_head(hidden), temperature, top_k, top_p)
+        probabilities = shape(logits)
         token = sample(probabilities, uniform[alive, step])
-        for row, value in zip(alive.tolist(), token.tolist(), strict=True):
-            completions[row].append(value)
+        tokens[alive, step] = token
+        logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
+        lengths[alive] += 1
         going_on = (token != eos_id).nonzero()[:, 0] if eos_id is not None else alive
-        if len(going_on) == 0:
+        if len(going_on) == 0 or step + 1 == max_new_tokens:
             break
         if len(going_on) < len(alive):
             alive, token, mask = alive[going_on], token[going_on], mask[going_on]
             cache.keep_rows(going_on)
-        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        logits = model.lm_head(model.model(token[:, None], mask, cache)[:, -1])
 
     model.train(was_training)
-    return completions
+    return tokens, logps, lengths
 
 
 @torch.no_grad()
