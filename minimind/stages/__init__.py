@@ -4,7 +4,9 @@
 (with its starting weights, on its device) and the tokenizer.
 """
 
+from minimind.stages.grpo import grpo_task
 from minimind.stages.pretrain import pretrain_task
 from minimind.stages.sft import sft_task
+from minimind.stages.spo import spo_task
 
-STAGES = {"pretrain": pretrain_task, "sft": sft_task}
+STAGES = {"pretrain": pretrain_task, "sft": sft_task, "grpo": grpo_task, "spo": spo_task}
