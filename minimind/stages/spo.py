@@ -39,6 +39,8 @@ from minimind.stages.rl import (
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 
+FEW = 12  # kinds of problems that are logged one by one
+
 
 class ValueTracker:
     """For every key (a prompt, or a kind of prompt) a belief about the reward: Beta(α, β).
@@ -214,13 +216,21 @@ class SPO:
         self.remember(keys, rewards, moved)
         self.keep_probe(model, answers)
         print_sample(answers, step, every=SAMPLES_EVERY * config.log_interval)
-        return [training], {
-            **answers.figures(),
+        figures = {
             "value": float(self.tracker.baseline(self.keys).mean()),
             "surprise": float((rewards - values).std(correction=0)),
             "step_kl": moved,
             "rho": self.tracker.rho(moved),
         }
+        return [training], {**answers.figures(), **figures, **self.values_by_kind()}
+
+    def values_by_kind(self) -> dict[str, float]:
+        """Return what is expected of each kind, to be logged; nothing if there are too many."""
+        kinds = sorted(set(self.keys))
+        if len(kinds) > FEW:
+            return {}
+        values = self.tracker.baseline(kinds).tolist()
+        return {f"value_{kind}": value for kind, value in zip(kinds, values, strict=True)}
 
     def draw(self, count: int, step: int) -> list[int]:
         """Return the numbers of `count` different problems, the open ones more often."""

@@ -349,7 +349,7 @@ def test_a_run_logs_what_one_wants_to_know(settings, some_are_right, capsys):
     assert result.weight_path.name == "spo_32.pth" and result.metrics["steps"] == 6
     for row in result.history:
         assert {"reward", "accuracy", "kl", "entropy", "length", "truncated", "value", "surprise",
-                "step_kl", "rho"} <= set(row)  # fmt: skip
+                "step_kl", "rho", "value_even", "value_odd"} <= set(row)  # fmt: skip
         assert 0 < row["value"] < 1 and row["entropy"] > 0
     assert result.history[0]["kl"] == 0 < result.history[-1]["kl"]
     assert "What is" in capsys.readouterr().out
