@@ -313,7 +313,19 @@ class GRPOConfig(TrainConfig):
 
 @dataclass
 class SPOConfig(TrainConfig):
-    """Single-stream policy optimisation. `max_seq_len` limits the prompt."""
+    """Single-stream policy optimisation. `max_seq_len` limits the prompt.
+
+    One step samples one answer to each of `batch_size` x `accumulation_steps` problems. They are
+    drawn by how open their outcome is, so `epochs` counts how many, not passes over the data.
+
+    Attributes:
+        max_new_tokens: an answer that has not ended by then is cut and counted as truncated.
+        beta: weight of the distance (KL) to the weights that the run started from.
+        priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
+            is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
+        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reward_model_path: folder of a learned reward model, for problems without an "answer".
+    """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
     from_weight: str = "reason"
@@ -324,6 +336,7 @@ class SPOConfig(TrainConfig):
     max_seq_len: int = 66
     max_new_tokens: int = 1536
     beta: float = 0.02
+    priority_epsilon: float = 0.05
     reasoning: int = 1
     reward_model_path: str = ""
 

@@ -8,5 +8,12 @@ from minimind.stages.grpo import grpo_task
 from minimind.stages.lora import lora_task
 from minimind.stages.pretrain import pretrain_task
 from minimind.stages.sft import sft_task
+from minimind.stages.spo import spo_task
 
-STAGES = {"pretrain": pretrain_task, "sft": sft_task, "lora": lora_task, "grpo": grpo_task}
+STAGES = {
+    "pretrain": pretrain_task,
+    "sft": sft_task,
+    "lora": lora_task,
+    "grpo": grpo_task,
+    "spo": spo_task,
+}
