@@ -1,10 +1,13 @@
 """The stages of training, one file each: row format, encoding, loss.
 
 `STAGES` maps a stage's name to the function that makes its `Task` from the settings, the model
-(with its starting weights, on its device) and the tokenizer.
+(with its starting weights, on its device) and the tokenizer. `NEEDS` maps a stage to the function
+that names the runs (stage, settings) which must come first, if what they make is absent.
 """
 
+from minimind.stages.distill import distill_task, missing_teacher
 from minimind.stages.pretrain import pretrain_task
 from minimind.stages.sft import sft_task
 
-STAGES = {"pretrain": pretrain_task, "sft": sft_task}
+STAGES = {"pretrain": pretrain_task, "sft": sft_task, "distill": distill_task}
+NEEDS = {"distill": missing_teacher}
