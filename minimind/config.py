@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from minimind.errors import UserError, bad_value
 
@@ -343,19 +344,43 @@ class SPOConfig(TrainConfig):
 
 @dataclass
 class DistillConfig(TrainConfig):
-    """Knowledge distillation: a small student learns the distribution of a larger teacher."""
+    """Knowledge distillation: a small student learns the distribution of a larger teacher.
+
+    The model that is trained is the student, so `hidden_size` and `num_hidden_layers` are read
+    off it and are no settings here.
+
+    Attributes:
+        alpha: weight of the text's cross-entropy; 1 - alpha is the teacher's. 1: no teacher.
+        temperature: softens both distributions of the teacher's term.
+        teacher_weight: a weight's name in out_dir, or a path. An absent `pretrain` or `full_sft`
+            is trained first, with the settings of `teacher_preset` and the teacher's shape.
+    """
 
     data_path: str = "dataset/sft_mini_512.jsonl"
     save_weight: str = "full_dist"
     epochs: float = 6
     learning_rate: float = 5e-6
+    hidden_size: ClassVar[property] = property(lambda self: self.student_hidden_size)
+    num_hidden_layers: ClassVar[property] = property(lambda self: self.student_num_layers)
     alpha: float = 0.5
     temperature: float = 1.5
     teacher_weight: str = "full_sft"
+    teacher_preset: str = "full"
     teacher_hidden_size: int = 768
     teacher_num_layers: int = 16
     student_hidden_size: int = 512
     student_num_layers: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(
+                f"alpha={self.alpha} must be from 0 (the teacher alone) to 1 (the text alone)."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be above 0 and finite.")
+        if self.teacher_preset not in PRESETS:
+            raise bad_value("teacher_preset", self.teacher_preset, PRESETS)
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
@@ -365,14 +390,16 @@ CONFIGS: dict[str, type[TrainConfig]] = {
 
 # What `course` and `tiny` change for every stage, then for each stage.
 _SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
-_COURSE = dict(
-    _SMALL_MODEL, out_dir="out/course", hidden_size=128, num_hidden_layers=4, adam_beta2=0.99,
-    batch_size=24, max_seq_len=128, warmup_steps=30, weight_decay=0.1,
+_COURSE_RUN = dict(
+    _SMALL_MODEL, out_dir="out/course", adam_beta2=0.99, batch_size=24, max_seq_len=128,
+    warmup_steps=30, weight_decay=0.1,
 )  # fmt: skip
-_TINY = dict(
-    _SMALL_MODEL, out_dir="out/tiny", hidden_size=64, num_hidden_layers=2, batch_size=8,
-    max_seq_len=128, warmup_steps=5, log_interval=2, save_interval=20, dtype="float32",
+_COURSE = dict(_COURSE_RUN, hidden_size=128, num_hidden_layers=4)
+_TINY_RUN = dict(
+    _SMALL_MODEL, out_dir="out/tiny", batch_size=8, max_seq_len=128, warmup_steps=5,
+    log_interval=2, save_interval=20, dtype="float32",
 )  # fmt: skip
+_TINY = dict(_TINY_RUN, hidden_size=64, num_hidden_layers=2)
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
@@ -396,7 +423,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
         ),
         "distill": dict(
-            _COURSE,
+            _COURSE_RUN,
+            teacher_preset="course",
             learning_rate=1e-3,
             epochs=6,
             batch_size=32,
@@ -431,7 +459,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             max_new_tokens=16,
         ),
         "distill": dict(
-            _TINY,
+            _TINY_RUN,
+            teacher_preset="tiny",
             learning_rate=1e-3,
             epochs=0.2,
             teacher_hidden_size=64,

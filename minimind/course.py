@@ -149,8 +149,21 @@ def lora_baselines(
     }  # fmt: skip
 
 
+def distill_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The same student without a teacher: cross-entropy alone, the same steps."""
+    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", **run)
+    limit = measures["exact_match"]["held_out_examples"] if run["preset"] == "tiny" else None
+    for name, measure in MEASURES["distill"](alone.model, tokenizer, limit)[0].items():
+        measures[name]["baseline"] = measure.value
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
-BASELINES = {"pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines}
+BASELINES = {
+    "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
+    "distill": distill_baselines,
+}  # fmt: skip
 
 
 def sample_chat(out_dir: str) -> list[dict]:

@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from minimind.config import data_samples
-from minimind.data import IGNORED, check_conversation, check_text, pad_batch, read_jsonl
+from minimind.data import IGNORED, Example, check_conversation, check_text, pad_batch, read_jsonl
 from minimind.generate import generate
 from minimind.model import MiniMind
-from minimind.stages.pretrain import next_token_loss
+from minimind.stages.common import token_logps
+from minimind.stages.pretrain import count_labels, next_token_loss
+from minimind.stages.sft import read_chats
 from minimind.tokenizer import Tokenizer
 
 BATCH = 64
@@ -193,7 +195,41 @@ def measure_lora(
     return measures, found
 
 
-MEASURES = {"pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora}
+@torch.no_grad()
+def answer_loss(model: MiniMind, tokenizer: Tokenizer, examples: Sequence[Example]) -> float:
+    """Return the mean of -ln p over all labelled tokens, in nats."""
+    nats = counted = 0.0
+    for start in range(0, len(examples), BATCH):
+        batch = pad_batch(examples[start : start + BATCH], tokenizer.pad_id)
+        logps = token_logps(
+            model(batch["input_ids"].to(model.device)), batch["labels"].to(model.device)
+        )
+        nats -= float(logps.sum())
+        counted += count_labels(batch)
+    return nats / counted
+
+
+def measure_distill(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """Cross-entropy of the held-out answers and exact match of the student's own."""
+    path = data_samples("distill_heldout.jsonl")
+    rows = read_jsonl(path, check_conversation)
+    examples = read_chats(path, tokenizer, model.config.max_position_embeddings)
+    step = 1 if limit is None else max(1, len(rows) // limit)
+    found = answers(model.eval(), tokenizer, rows[::step])
+    loss = answer_loss(model, tokenizer, examples[::step])
+    measures = {
+        "heldout_loss": Measure(loss, "lower", len(found)),
+        "exact_match": Measure(share_right(found), "higher", len(found)),
+    }
+    return measures, found
+
+
+MEASURES = {
+    "pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora,
+    "distill": measure_distill,
+}  # fmt: skip
 
 
 def samples(found: Sequence[Answer], each: int = 2) -> list[dict]:

@@ -112,6 +112,11 @@ class Tokenizer:
         return self._bpe.get_vocab_size(with_added_tokens=True)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, and its id."""
+        return self._bpe.get_vocab(with_added_tokens=True)
+
+    @property
     def tag_ids(self) -> dict[str, int]:
         """Ids of the four reasoning tags. UserError if one of them is not a single token."""
         ids = {tag: self._bpe.token_to_id(tag) for tag in TAGS}

@@ -33,7 +33,7 @@ from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.precision import autocast
-from minimind.stages import STAGES
+from minimind.stages import NEEDS, STAGES
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, start_trackers
@@ -83,6 +83,11 @@ def train(
 
 def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     """Train one stage from a complete config; `train` is this with a preset."""
+    for needed, settings in NEEDS[stage](config) if stage in NEEDS else []:
+        print(
+            f"{stage} needs {settings.save_weight}_{settings.hidden_size} first: {needed} starts."
+        )
+        train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     model, tokenizer, lineage = starting_point(config)
