@@ -256,7 +256,13 @@ class LoRAConfig(TrainConfig):
 
 @dataclass
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation. `sft_coef` adds so much of the SFT loss on the chosen answer."""
+    """Direct preference optimisation.
+
+    Attributes:
+        batch_size: pairs, not answers.
+        beta: how closely the model keeps to its reference, the weights it started from.
+        sft_coef: adds so much of the SFT loss on the chosen answers (arXiv 2404.19733).
+    """
 
     data_path: str = "dataset/dpo.jsonl"
     from_weight: str = "full_sft"
@@ -266,6 +272,13 @@ class DPOConfig(TrainConfig):
     max_seq_len: int = 1024
     beta: float = 0.1
     sft_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"beta={self.beta} must be above 0; 0.1 is usual, 0.01 moves further.")
+        if not self.sft_coef >= 0:
+            raise UserError(f"sft_coef={self.sft_coef} must be 0 (DPO alone) or above.")
 
 
 @dataclass

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,10 +17,19 @@ from minimind.checkpoint import find_weight, load, load_sidecar, write_atomicall
 from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
-from minimind.evaluate import MEASURES, Answer, most_common_answer, samples, share_right
+from minimind.evaluate import (
+    MEASURES,
+    Answer,
+    heldout_pair_logps,
+    most_common_answer,
+    preference_rows,
+    samples,
+    share_right,
+)
 from minimind.generate import chat
 from minimind.model import MiniMind
 from minimind.stages import STAGES
+from minimind.stages.dpo import SIDES, as_messages
 from minimind.tokenizer import Tokenizer
 from minimind.trainer import starting_point, train
 
@@ -159,10 +169,50 @@ def distill_baselines(
         measures[name]["baseline"] = measure.value
 
 
+def dpo_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict) -> None:
+    """Preferences: a rule that only looks at length. The others: what they were before.
+
+    Adds the measures that need the reference: `preference_accuracy`, the share of held-out pairs
+    with a margin above 0 (before: `prefers_chosen`, since a margin against oneself is 0), and
+    `kl_to_reference` in nats per sampled answer, whose baseline is the cheapest that there is: the
+    reference, given that it speaks in the preferred manner, is ln(1/p) away.
+    """
+    rows = preference_rows(len(found))
+    spoken = [{"prompt": a.question, "chosen": a.answer, "rejected": ""} for a in found]
+    policy, reference = (load(weight, run["out_dir"])[0] for weight in ("dpo", "full_sft"))
+    (chosen, rejected), (sampled, _) = (
+        (heldout_pair_logps(policy, tokenizer, some) - heldout_pair_logps(reference, tokenizer, some)).T
+        for some in (rows, spoken)
+    )  # fmt: skip
+    accuracy, n = float((chosen > rejected).float().mean()), len(rows)
+    measures["preference_accuracy"] = {
+        **measures["prefers_chosen"], "value": accuracy, "after": accuracy,
+    }  # fmt: skip
+    kl, before = float(sampled.mean()), measures["preferred_manner"]["before"]
+    measures["kl_to_reference"] = {
+        "value": kl, "before": 0.0, "after": kl, "better": "lower", "held_out_examples": n,
+    }  # fmt: skip
+    for measure in measures.values():
+        measure["baseline"] = measure["before"]
+    measures["kl_to_reference"]["baseline"] = -math.log(max(before, 1 / n))
+    for name in ("prefers_chosen", "preference_accuracy"):
+        measures[name]["baseline"] = by_length(rows, tokenizer)
+
+
+def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
+    """Return the share of pairs that "the shorter is better", or its opposite, gets right."""
+    sizes = [[len(tokenizer.encode(as_messages(row, side)[-1]["content"])) for side in SIDES]
+             for row in rows]  # fmt: skip
+    shorter = sum(chosen < rejected for chosen, rejected in sizes) / len(rows)
+    longer = sum(chosen > rejected for chosen, rejected in sizes) / len(rows)
+    return max(shorter, longer)
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {
     "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
     "distill": distill_baselines,
+    "dpo": dpo_baselines,
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ that names the runs (stage, settings) which must come first, if what they make i
 """
 
 from minimind.stages.distill import distill_task, missing_teacher
+from minimind.stages.dpo import dpo_task
 from minimind.stages.grpo import grpo_task
 from minimind.stages.lora import lora_task
 from minimind.stages.pretrain import pretrain_task
@@ -16,6 +17,7 @@ STAGES = {
     "pretrain": pretrain_task,
     "sft": sft_task,
     "lora": lora_task,
+    "dpo": dpo_task,
     "grpo": grpo_task,
     "spo": spo_task,
     "distill": distill_task,
