@@ -417,7 +417,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
         "pretrain": dict(
-            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=3.2
+            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
         "lora": dict(

@@ -28,12 +28,11 @@ from minimind.evaluate import (
 )
 from minimind.generate import chat
 from minimind.model import MiniMind
-from minimind.stages import STAGES
 from minimind.stages.dpo import SIDES, as_messages
 from minimind.tokenizer import Tokenizer
 from minimind.trainer import starting_point, train
 
-STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in STAGES)
+STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in MEASURES)
 QUESTIONS = ("Hello!", "What is 17+8?")
 LIMIT_OF_TINY = (
     24  # held-out examples per measure in the tiny preset, which only proves that it runs
