@@ -13,10 +13,12 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.model import KVCache, MiniMind
+from minimind.model import KVCache, MiniMind, positions_and_mask
+from minimind.reader import Reader
 from minimind.tokenizer import Message, Tokenizer
 
 
@@ -74,14 +76,16 @@ def next_token_probabilities(
         better = ordered.cumsum(-1) - ordered  # probability of all tokens before this one
         ordered = ordered.masked_fill(better >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    return probabilities / probabilities.sum(-1, keepdim=True)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
 
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row (B,): where the running sum of (B, V) passes uniform (B,) in [0, 1)."""
     running = probabilities.double().cumsum(-1)
     threshold = uniform.double()[:, None] * running[:, -1:]
-    return (running <= threshold).sum(-1).clamp(max=probabilities.shape[-1] - 1)
+    token = torch.searchsorted(running, threshold, right=True)[:, 0]
+    return token.clamp(max=probabilities.shape[-1] - 1)
 
 
 def left_pad(
@@ -179,29 +183,34 @@ def _decode(
     ids, mask = left_pad(prompts, 0, model.device)
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    logits = model.lm_head(model.model(ids, mask, cache)[:, -1]).repeat_interleave(copies, 0)
-    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
-    cache.keep_rows(rows)
-    mask, alive = mask[rows], torch.arange(len(rows), device=model.device)
-    uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
-    tokens = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=model.device)
-    logps = torch.zeros(len(rows), max_new_tokens, device=model.device)
-    lengths = torch.zeros_like(alive)
+    reader = Reader(model, _precision(model))
+    padded = not bool(mask.all())
+    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
+    logits = reader(ids, positions, may_look, cache).repeat_interleave(copies, 0)
+    cache.repeat_rows(copies)
+    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
+    positions = mask.sum(1, keepdim=True) - max_new_tokens - 1  # of the last token of each row
+    alive = torch.arange(len(mask), device=model.device)  # which answer each row of the batch is
+    uniform = row_streams(len(alive), max_new_tokens, seed).to(model.device)
+    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=model.device)
+    logps = torch.zeros(len(alive), max_new_tokens, device=model.device)
+    lengths = torch.full_like(alive, max_new_tokens)
 
     for step in range(max_new_tokens):
         probabilities = shape(logits)
         token = sample(probabilities, uniform[alive, step])
         tokens[alive, step] = token
         logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
-        lengths[alive] += 1
-        going_on = (token != eos_id).nonzero()[:, 0] if eos_id is not None else alive
-        if len(going_on) == 0 or step + 1 == max_new_tokens:
+        ended = (token == eos_id).nonzero()[:, 0] if eos_id is not None else alive[:0]
+        if len(ended):
+            lengths[alive[ended]] = step + 1
+            order = cache.drop_rows(ended)
+            alive, token, mask, positions = (x[order] for x in (alive, token, mask, positions))
+        if len(alive) == 0 or step + 1 == max_new_tokens:
             break
-        if len(going_on) < len(alive):
-            alive, token, mask = alive[going_on], token[going_on], mask[going_on]
-            cache.keep_rows(going_on)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-        logits = model.lm_head(model.model(token[:, None], mask, cache)[:, -1])
+        positions = positions + 1
+        may_look = mask[:, None, None, : cache.length + 1] if padded else None
+        logits = reader(token[:, None], positions if padded else positions[:1], may_look, cache)
 
     model.train(was_training)
     return tokens, logps, lengths
@@ -231,6 +240,13 @@ def stream(
         if int(token) == eos_id:
             return
         ids = token[:, None]
+
+
+def _precision(model: MiniMind) -> torch.dtype:
+    """Return autocast's dtype if it is on, else that of the weights."""
+    kind = model.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else model.lm_head.weight.dtype
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
