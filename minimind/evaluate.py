@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from minimind.config import data_samples
-from minimind.data import IGNORED, check_conversation, check_text, pad_batch, read_jsonl
+from minimind.data import IGNORED, Example, check_conversation, check_text, pad_batch, read_jsonl
 from minimind.generate import generate
 from minimind.model import MiniMind
+from minimind.stages.common import token_logps
 from minimind.stages.dpo import as_messages, check_pair, encode_pair, pair_logps
-from minimind.stages.pretrain import next_token_loss
+from minimind.stages.pretrain import count_labels, next_token_loss
+from minimind.stages.sft import read_chats
 from minimind.tokenizer import Tokenizer
 
 BATCH = 64
@@ -169,6 +171,62 @@ def sft_answers(model: MiniMind, tokenizer: Tokenizer, limit: int | None = None)
     return answers(model.eval(), tokenizer, rows)
 
 
+def measure_lora(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """The persona on questions that no chat asks, and what is left of SFT's exact match.
+
+    `persona` asks for the whole answer: the right fact, then the signature. `persona_signed` looks
+    at the last sentence alone. The adapter signs whatever it is asked, and should; so
+    `sft_exact_match` takes a signature off an answer before it compares.
+    """
+    rows = read_jsonl(data_samples("lora_heldout.jsonl"), check_conversation)[:limit]
+    found = answers(model.eval(), tokenizer, rows)
+    manner = " " + found[0].expected.rsplit(". ", 1)[-1]
+    signed = sum(answer.answer.strip().endswith(manner) for answer in found)
+    chats = [
+        replace(chat, answer=chat.answer.strip().removesuffix(manner))
+        for chat in sft_answers(model, tokenizer, limit)
+    ]
+    measures = {
+        "persona": Measure(share_right(found), "higher", len(found)),
+        "persona_signed": Measure(signed / len(found), "higher", len(found)),
+        "sft_exact_match": Measure(share_right(chats), "higher", len(chats)),
+    }
+    return measures, found
+
+
+@torch.no_grad()
+def answer_loss(model: MiniMind, tokenizer: Tokenizer, examples: Sequence[Example]) -> float:
+    """Return the mean of -ln p over all labelled tokens, in nats."""
+    nats = counted = 0.0
+    for start in range(0, len(examples), BATCH):
+        batch = pad_batch(examples[start : start + BATCH], tokenizer.pad_id)
+        logps = token_logps(
+            model(batch["input_ids"].to(model.device)), batch["labels"].to(model.device)
+        )
+        nats -= float(logps.sum())
+        counted += count_labels(batch)
+    return nats / counted
+
+
+def measure_distill(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """Cross-entropy of the held-out answers and exact match of the student's own."""
+    path = data_samples("distill_heldout.jsonl")
+    rows = read_jsonl(path, check_conversation)
+    examples = read_chats(path, tokenizer, model.config.max_position_embeddings)
+    step = 1 if limit is None else max(1, len(rows) // limit)
+    found = answers(model.eval(), tokenizer, rows[::step])
+    loss = answer_loss(model, tokenizer, examples[::step])
+    measures = {
+        "heldout_loss": Measure(loss, "lower", len(found)),
+        "exact_match": Measure(share_right(found), "higher", len(found)),
+    }
+    return measures, found
+
+
 def split_manner(text: str) -> tuple[str, str]:
     """Split an answer of the built-in pairs into what is said and how it is closed.
 
@@ -246,7 +304,11 @@ def without_closing(answer: Answer, closings: set[str]) -> Answer:
     return replace(answer, answer=said) if manner in closings else answer
 
 
-MEASURES = {"pretrain": measure_pretrain, "sft": measure_sft, "dpo": measure_dpo}
+MEASURES = {
+    "pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora,
+    "distill": measure_distill,
+    "dpo": measure_dpo,
+}  # fmt: skip
 
 
 def samples(found: Sequence[Answer], each: int = 2) -> list[dict]:
