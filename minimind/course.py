@@ -16,7 +16,14 @@ from minimind.checkpoint import find_weight, load, write_atomically
 from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
-from minimind.evaluate import MEASURES, Answer, most_common_answer, samples
+from minimind.evaluate import (
+    MEASURES,
+    Answer,
+    Measure,
+    measure_distill,
+    most_common_answer,
+    samples,
+)
 from minimind.generate import chat
 from minimind.model import MiniMind
 from minimind.stages import STAGES
@@ -133,11 +140,22 @@ def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer,
 def distill_baselines(
     measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
 ) -> None:
-    """The same student without a teacher: cross-entropy alone, the same steps."""
-    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", **run)
-    limit = measures["exact_match"]["held_out_examples"] if run["preset"] == "tiny" else None
-    for name, measure in MEASURES["distill"](alone.model, tokenizer, limit)[0].items():
-        measures[name]["baseline"] = measure.value
+    """The same student without a teacher: cross-entropy alone, the same start and steps.
+
+    What it is before its first step (the teacher with layers left out) is "before".
+    """
+    limit = LIMIT_OF_TINY if run["preset"] == "tiny" else None
+    start: dict[str, Measure] = {}
+
+    def first(step: int, model: MiniMind) -> None:
+        if step == 0:
+            start.update(measure_distill(model, tokenizer, limit)[0])
+            model.train()
+
+    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", callback=first, **run)
+    end, _ = measure_distill(alone.model, tokenizer, limit)
+    for name, measure in measures.items():
+        measure.update(before=start[name].value, baseline=end[name].value)
 
 
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.

@@ -171,7 +171,9 @@ def answer_loss(model: MiniMind, tokenizer: Tokenizer, examples: Sequence[Exampl
     nats = counted = 0.0
     for start in range(0, len(examples), BATCH):
         batch = pad_batch(examples[start : start + BATCH], tokenizer.pad_id)
-        logps = token_logps(model(batch["input_ids"].to(model.device)), batch["labels"].to(model.device))
+        logps = token_logps(
+            model(batch["input_ids"].to(model.device)), batch["labels"].to(model.device)
+        )
         nats -= float(logps.sum())
         counted += count_labels(batch)
     return nats / counted

@@ -85,7 +85,9 @@ def train(
 def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     """Train one stage from a complete config; `train` is this with a preset."""
     for needed, settings in NEEDS[stage](config) if stage in NEEDS else []:
-        print(f"{stage} needs {settings.save_weight}_{settings.hidden_size} first: {needed} starts.")
+        print(
+            f"{stage} needs {settings.save_weight}_{settings.hidden_size} first: {needed} starts."
+        )
         train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
