@@ -383,6 +383,7 @@ class DistillConfig(TrainConfig):
     teacher_num_layers: int = 16
     student_hidden_size: int = 512
     student_num_layers: int = 8
+    student_from_teacher: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -392,6 +393,11 @@ class DistillConfig(TrainConfig):
             )
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature={self.temperature} must be above 0 and finite.")
+        if self.student_from_teacher and self.from_weight != "none":
+            raise UserError(
+                f"The student cannot start from its teacher and from from_weight={self.from_weight!r}. "
+                "Give one of the two."
+            )
         if self.teacher_preset not in PRESETS:
             raise bad_value("teacher_preset", self.teacher_preset, PRESETS)
 
@@ -439,12 +445,15 @@ PRESETS: dict[str, dict[str, dict]] = {
             _COURSE_RUN,
             teacher_preset="course",
             learning_rate=1e-3,
-            epochs=6,
+            epochs=15,
             batch_size=32,
+            alpha=0.2,
+            temperature=4.0,
             teacher_hidden_size=128,
             teacher_num_layers=4,
-            student_hidden_size=96,
+            student_hidden_size=128,
             student_num_layers=3,
+            student_from_teacher=1,
         ),
     },
     "tiny": {
@@ -478,8 +487,9 @@ PRESETS: dict[str, dict[str, dict]] = {
             epochs=0.2,
             teacher_hidden_size=64,
             teacher_num_layers=2,
-            student_hidden_size=48,
-            student_num_layers=2,
+            student_hidden_size=64,
+            student_num_layers=1,
+            student_from_teacher=1,
         ),
     },
 }

@@ -20,7 +20,9 @@ from minimind.errors import UserError
 from minimind.evaluate import (
     MEASURES,
     Answer,
+    Measure,
     heldout_pair_logps,
+    measure_distill,
     most_common_answer,
     preference_rows,
     samples,
@@ -161,11 +163,22 @@ def lora_baselines(
 def distill_baselines(
     measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
 ) -> None:
-    """The same student without a teacher: cross-entropy alone, the same steps."""
-    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", **run)
-    limit = measures["exact_match"]["held_out_examples"] if run["preset"] == "tiny" else None
-    for name, measure in MEASURES["distill"](alone.model, tokenizer, limit)[0].items():
-        measures[name]["baseline"] = measure.value
+    """The same student without a teacher: cross-entropy alone, the same start and steps.
+
+    What it is before its first step (the teacher with layers left out) is "before".
+    """
+    limit = LIMIT_OF_TINY if run["preset"] == "tiny" else None
+    start: dict[str, Measure] = {}
+
+    def first(step: int, model: MiniMind) -> None:
+        if step == 0:
+            start.update(measure_distill(model, tokenizer, limit)[0])
+            model.train()
+
+    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", callback=first, **run)
+    end, _ = measure_distill(alone.model, tokenizer, limit)
+    for name, measure in measures.items():
+        measure.update(before=start[name].value, baseline=end[name].value)
 
 
 def dpo_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict) -> None:

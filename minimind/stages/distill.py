@@ -20,7 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.checkpoint import STAGE_OF_WEIGHT, how_to_make, load, load_sidecar, weight_path
+from minimind.checkpoint import (
+    STAGE_OF_WEIGHT,
+    how_to_make,
+    load,
+    load_sidecar,
+    load_state,
+    weight_path,
+)
 from minimind.config import DistillConfig, TrainConfig, stage_config
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
@@ -86,23 +93,26 @@ def teacher_path(config: DistillConfig) -> Path:
     return path
 
 
+def needs_teacher(config: DistillConfig) -> bool:
+    """Whether the run looks at a teacher at all."""
+    return config.alpha < 1 or bool(config.student_from_teacher)
+
+
 def missing_teacher(config: DistillConfig) -> list[tuple[str, TrainConfig]]:
     """Return the runs (stage, settings) that make the teacher, in order; none if it is there.
 
     They are `teacher_preset`'s, at the teacher's width and depth, in the student's folder.
     UserError if there is no such weight and it is not one of `TEACHERS`.
     """
-    if config.alpha == 1 or teacher_path(config).is_file():
+    if not needs_teacher(config) or teacher_path(config).is_file():
         return []
     shared = ("out_dir", "tokenizer_path", "dtype", "device", "seed", "num_attention_heads",
               "num_key_value_heads", "rope_theta", "qk_norm", "use_moe")  # fmt: skip
-    shape = {
-        "hidden_size": config.teacher_hidden_size,
-        "num_hidden_layers": config.teacher_num_layers,
-    }
-    settings = {**{name: getattr(config, name) for name in shared}, **shape}
+    settings = {name: getattr(config, name) for name in shared}
+    width, depth = config.teacher_hidden_size, config.teacher_num_layers
+    settings |= {"hidden_size": width, "num_hidden_layers": depth}
     runs, weight = [], config.teacher_weight
-    while not weight_path(config.out_dir, weight, config.teacher_hidden_size).is_file():
+    while weight != "none" and not weight_path(config.out_dir, weight, width).is_file():
         if weight not in TEACHERS:
             raise UserError(
                 f"There is no teacher {teacher_path(config)}, and only {' and '.join(TEACHERS)} are "
@@ -111,8 +121,6 @@ def missing_teacher(config: DistillConfig) -> list[tuple[str, TrainConfig]]:
         stage = STAGE_OF_WEIGHT[weight]
         runs.insert(0, (stage, stage_config(stage, config.teacher_preset, **settings)))
         weight = runs[0][1].from_weight
-        if weight == "none":
-            break
     return runs
 
 
@@ -143,18 +151,39 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.devi
     return load(str(path))[0].to(device).requires_grad_(False)
 
 
+def start_from_teacher(student: MiniMind, teacher: MiniMind) -> None:
+    """Give the student the teacher's embeddings, last norm, and evenly spaced layers of it.
+
+    The first and the last layer are among them: 3 of 4 are layers 0, 2 and 3. DistilBERT
+    (arXiv 1910.01108, section 3) starts in the same way. UserError if the shapes do not fit.
+    """
+    few, many = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if few > many:
+        raise UserError(
+            f"A student of {few} layers cannot start from a teacher of {many}. Lower "
+            "student_num_layers, or give student_from_teacher=0."
+        )
+    state = {n: t for n, t in teacher.state_dict().items() if ".layers." not in n}
+    for layer in range(few):
+        taken = teacher.model.layers[round(layer * (many - 1) / max(1, few - 1))]
+        state |= {f"model.layers.{layer}.{n}": t for n, t in taken.state_dict().items()}
+    load_state(student, state, "The teacher")
+
+
 def distill_task(config: DistillConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """SFT's rows and mask with the teacher's loss beside the text's.
 
-    With alpha 1 there is no teacher. Held-out rows are measured by cross-entropy alone, so that
-    runs with different alpha and temperature can be compared.
+    With alpha 1 the text teaches alone. Held-out rows are measured by cross-entropy in any case,
+    so that runs with different alpha and temperature can be compared.
     """
-    teacher = load_teacher(config, tokenizer, model.device) if config.alpha < 1 else None
+    teacher = load_teacher(config, tokenizer, model.device) if needs_teacher(config) else None
+    if config.student_from_teacher:
+        start_from_teacher(model, teacher)
     task = sft_task(config, model, tokenizer)
     plain = task.loss
 
     def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-        if teacher is None or not student.training:
+        if config.alpha == 1 or not student.training:
             return plain(student, batch)
         with torch.no_grad():
             taught = teacher(batch["input_ids"])
