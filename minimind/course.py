@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from minimind.baselines import nearest_answers, text_baselines
@@ -16,7 +17,15 @@ from minimind.checkpoint import find_weight, load, write_atomically
 from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
-from minimind.evaluate import MEASURES, Answer, most_common_answer, samples
+from minimind.evaluate import (
+    HARD_FROM,
+    MEASURES,
+    Answer,
+    heldout_problems,
+    kl_per_token,
+    most_common_answer,
+    samples,
+)
 from minimind.generate import chat
 from minimind.model import MiniMind
 from minimind.stages import STAGES
@@ -130,8 +139,31 @@ def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer,
         measure["baseline"] = sum(right) / len(right)
 
 
+def rl_baselines(
+    stage: str, measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The commonest result of each length, said without a thought. And one more measure: the KL
+    divergence, per token, from the weight that the stage started from."""
+    config = stage_config(stage, run["preset"], out_dir=run["out_dir"])
+    model, start = (
+        load(name, run["out_dir"])[0] for name in (config.save_weight, config.from_weight)
+    )
+    rows = heldout_problems()[1][: measures["greedy_hard"]["held_out_examples"]]
+    for name, measure in measures.items():
+        hard = name.endswith("hard")
+        guessed = most_common_answer([a for a in found if (int(a.kind) >= HARD_FROM) == hard])
+        measure["baseline"] = measure["before"] if measure["better"] == "lower" else guessed
+    kl = kl_per_token(model, start, tokenizer, rows)
+    measures["kl_from_start"] = {"value": kl, "before": 0.0, "after": kl, "baseline": 0.0,
+                                 "better": "lower", "held_out_examples": len(rows)}  # fmt: skip
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
-BASELINES = {"pretrain": pretrain_baselines, "sft": sft_baselines}
+BASELINES = {
+    "pretrain": pretrain_baselines,
+    "sft": sft_baselines,
+    "grpo": partial(rl_baselines, "grpo"),
+}
 
 
 def sample_chat(out_dir: str) -> list[dict]:
