@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from minimind.baselines import nearest_answers, text_baselines
@@ -18,10 +19,13 @@ from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
 from minimind.evaluate import (
+    HARD_FROM,
     MEASURES,
     Answer,
     Measure,
     heldout_pair_logps,
+    heldout_problems,
+    kl_per_token,
     measure_distill,
     most_common_answer,
     preference_rows,
@@ -220,11 +224,31 @@ def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
     return max(shorter, longer)
 
 
+def rl_baselines(
+    stage: str, measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The commonest result of each length, said without a thought. And one more measure: the KL
+    divergence, per token, from the weight that the stage started from."""
+    config = stage_config(stage, run["preset"], out_dir=run["out_dir"])
+    model, start = (
+        load(name, run["out_dir"])[0] for name in (config.save_weight, config.from_weight)
+    )
+    rows = heldout_problems()[1][: measures["greedy_hard"]["held_out_examples"]]
+    for name, measure in measures.items():
+        hard = name.endswith("hard")
+        guessed = most_common_answer([a for a in found if (int(a.kind) >= HARD_FROM) == hard])
+        measure["baseline"] = measure["before"] if measure["better"] == "lower" else guessed
+    kl = kl_per_token(model, start, tokenizer, rows)
+    measures["kl_from_start"] = {"value": kl, "before": 0.0, "after": kl, "baseline": 0.0,
+                                 "better": "lower", "held_out_examples": len(rows)}  # fmt: skip
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {
     "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
     "distill": distill_baselines,
     "dpo": dpo_baselines,
+    "grpo": partial(rl_baselines, "grpo"), "spo": partial(rl_baselines, "spo"),
 }  # fmt: skip
 
 

@@ -16,11 +16,13 @@ import torch
 
 from minimind.config import data_samples
 from minimind.data import IGNORED, Example, check_conversation, check_text, pad_batch, read_jsonl
-from minimind.generate import generate
+from minimind.generate import generate, sample_rollouts
 from minimind.model import MiniMind
+from minimind.rewards import exact
 from minimind.stages.common import token_logps
 from minimind.stages.dpo import as_messages, check_pair, encode_pair, pair_logps
 from minimind.stages.pretrain import count_labels, next_token_loss
+from minimind.stages.rl import check_problem, prompt_ids
 from minimind.stages.sft import read_chats
 from minimind.tokenizer import Tokenizer
 
@@ -47,8 +49,9 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the whole answer is the expected one."""
-        return self.answer.strip() == self.expected.strip()
+        """Whether the answer (what stands in its answer tags, if it has them) is the expected one."""
+        found = answer_of(self.answer)
+        return (self.answer.strip() if found is None else found) == self.expected.strip()
 
 
 @torch.no_grad()
@@ -304,10 +307,114 @@ def without_closing(answer: Answer, closings: set[str]) -> Answer:
     return replace(answer, answer=said) if manner in closings else answer
 
 
+HARD_FROM = 6  # operations of a chain; problems with fewer are called easy
+
+
+SAMPLES = 8  # answers sampled to each hard problem; easy ones, solved nearly always, get 2
+
+
+THOUGHT = 80  # tokens that an answer with its thought may have
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Return the chance that k of the samples hold a right one: 1 - C(n-c, k) / C(n, k).
+
+    Counting over all choices of k varies less than drawing k once (arXiv 2107.03374, eq. 1).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def heldout_problems(limit: int | None = None) -> tuple[list[dict], list[dict]]:
+    """Return the held-out problems (about `limit` of them), the easy and the hard ones."""
+    rows = read_jsonl(data_samples("grpo_heldout.jsonl"), check_problem)
+    rows = rows if limit is None else rows[:: max(1, len(rows) // limit)]
+    hard = [row for row in rows if int(row["kind"]) >= HARD_FROM]
+    return [row for row in rows if row not in hard], hard
+
+
+def solve(
+    model: MiniMind, tokenizer: Tokenizer, rows: Sequence[dict], generations: int = 1, seed: int = 0
+) -> tuple[list[list[bool]], float]:
+    """Sample answers to every problem at temperature 1.
+
+    Returns:
+        for every row `generations` verdicts, right or wrong; and the tokens of a mean answer.
+    """
+    verdicts, tokens = [], 0
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        prompts = [prompt_ids(row, tokenizer) for row in part]
+        sampled = sample_rollouts(
+            model, prompts, generations, THOUGHT, tokenizer.eos_id, seed=seed + start
+        )
+        tokens += sum(len(completion) for completion in sampled.completions)
+        for i, row in enumerate(part):
+            group = sampled.completions[i * generations : (i + 1) * generations]
+            verdicts.append([exact(tokenizer.decode(ids), row["answer"]) == 1 for ids in group])
+    return verdicts, tokens / (len(rows) * generations)
+
+
+def solve_greedily(model: MiniMind, tokenizer: Tokenizer, rows: Sequence[dict]) -> list[Answer]:
+    """Answer every problem with the most likely token at each step."""
+    prompts = [prompt_ids(row, tokenizer) for row in rows]
+    texts = [tokenizer.decode(i) for i in complete(model, prompts, THOUGHT, tokenizer.eos_id)]
+    return [
+        Answer(row["conversations"][-2]["content"], row["answer"], text, row.get("kind", ""))
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def measure_rl(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """Held-out problems, hard and easy apart: right when sampled at temperature 1, and greedily.
+
+    Also, for the hard ones, pass@8 and the tokens of a mean answer.
+    """
+    easy, hard = heldout_problems(limit)
+    model.eval()
+    hits, tokens = solve(model, tokenizer, hard, SAMPLES)
+    easy_hits, _ = solve(model, tokenizer, easy, 2)
+    found, easy_found = (solve_greedily(model, tokenizer, rows) for rows in (hard, easy))
+    passed = [pass_at_k(SAMPLES, sum(row), SAMPLES) for row in hits]
+    shares = {
+        "sampled_hard": (sum(map(sum, hits)) / (SAMPLES * len(hard)), hard),
+        "greedy_hard": (share_right(found), hard),
+        "pass_at_8_hard": (sum(passed) / len(hard), hard),
+        "sampled_easy": (sum(map(sum, easy_hits)) / (2 * len(easy)), easy),
+        "greedy_easy": (share_right(easy_found), easy),
+    }
+    measures = {name: Measure(v, "higher", len(rows)) for name, (v, rows) in shares.items()}
+    measures["tokens_hard"] = Measure(tokens, "lower", len(hard))
+    return measures, easy_found + found
+
+
+@torch.no_grad()
+def kl_per_token(
+    model: MiniMind, reference: MiniMind, tokenizer: Tokenizer, rows: Sequence[dict], seed: int = 0
+) -> float:
+    """Return KL(model ‖ reference) in nats per token, on answers that the model samples.
+
+    Not an estimate from the sampled tokens: at every position the sum over the vocabulary.
+    """
+    total = tokens = 0.0
+    for start in range(0, len(rows), BATCH):
+        prompts = [prompt_ids(row, tokenizer) for row in rows[start : start + BATCH]]
+        sampled = sample_rollouts(model, prompts, 1, THOUGHT, tokenizer.eos_id, seed=seed + start)
+        mask = sampled.mask[:, 1:]  # of the token that is guessed
+        p, q = (
+            m(sampled.input_ids)[:, :-1][mask].float().log_softmax(-1) for m in (model, reference)
+        )
+        total += float((p.exp() * (p - q)).sum())
+        tokens += int(mask.sum())
+    return total / tokens
+
+
 MEASURES = {
     "pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora,
     "distill": measure_distill,
     "dpo": measure_dpo,
+    "grpo": measure_rl, "spo": measure_rl,
 }  # fmt: skip
 
 
