@@ -18,7 +18,7 @@ from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch
 from minimind.errors import UserError
 from minimind.generate import sample_rollouts
 from minimind.precision import autocast
-from minimind.rewards import exact
+from minimind.rewards import Rewards, exact
 from minimind.stages.common import token_logps
 from minimind.tokenizer import Tokenizer
 
@@ -26,14 +26,12 @@ ROWS = 32  # answers in one forward pass of an update; sorted by length they nee
 SAMPLES_EVERY = 5  # rows of the log between two printed answers
 SEEDS_PER_STEP = 1_000_003  # more than answers in a step, so that no two steps share a stream
 RLConfig = GRPOConfig | SPOConfig
-Reward = Callable[[Sequence[dict], Sequence[str]], Tensor]
+Reward = Callable[[Sequence[dict], Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
-def make_reward(config):
-    def reward(rows, texts):
-        return torch.tensor([exact(t, r["answer"]) for r, t in zip(rows, texts)])
-
-    return reward
+def make_reward(config: RLConfig) -> Reward:
+    """Return what the stage pays for: the right answer, and nothing that can be had without it."""
+    return Rewards([("exact", 1.0)])
 
 
 def check_problem(row: dict) -> str | None:
@@ -109,6 +107,7 @@ class Answers:
         texts: the completions as text.
         truncated: (N,) bool, cut at `max_new_tokens` before they ended.
         rewards: (N,).
+        parts: name of every part of the reward to its values (N,), unweighted.
         right: (N,) 1.0 or 0.0; NaN where the problem has no "answer" to verify.
     """
 
@@ -119,6 +118,7 @@ class Answers:
     texts: list[str]
     truncated: Tensor
     rewards: Tensor
+    parts: dict[str, Tensor]
     right: Tensor
 
     def figures(self) -> dict[str, float]:
@@ -131,6 +131,8 @@ class Answers:
             "length": tokens / len(self.completions),
             "truncated": float(self.truncated.float().mean()),
         }
+        if len(self.parts) > 1:
+            found |= {f"reward_{name}": float(part.mean()) for name, part in self.parts.items()}
         return {name: value for name, value in found.items() if value == value}
 
 
@@ -153,20 +155,24 @@ def sample_answers(
     each = [i for i in range(len(problems)) for _ in range(num_generations)]
     rows = [problems[i] for i in each]
     texts = [tokenizer.decode(completion) for completion in sampled.completions]
-    scores = reward(rows, texts)
+    scores, parts = reward(rows, texts)
+    truncated = sampled.truncated.cpu()
     return Answers(
         problems=rows,
-        prompts=[prompts[i] for i in each],
+        prompts=sampled.prompt_ids,
         completions=sampled.completions,
-        logps=sampled.logps,
+        logps=sampled.logps.cpu(),
         texts=texts,
-        truncated=sampled.truncated,
-        rewards=torch.where(sampled.truncated, scores.clamp(max=0), scores),
-        right=torch.tensor([
-            exact(text, row["answer"]) if "answer" in row else float("nan")
-            for row, text in zip(rows, texts, strict=True)
-        ]),
-    )  # fmt: skip
+        truncated=truncated,
+        rewards=torch.where(truncated, scores.clamp(max=0), scores),
+        parts=parts,
+        right=torch.tensor(
+            [
+                exact(text, row["answer"]) if "answer" in row else float("nan")
+                for row, text in zip(rows, texts, strict=True)
+            ]
+        ),
+    )
 
 
 def training_batches(

@@ -1,7 +1,7 @@
 """GRPO: its two formulas against slow ones written out, the rollouts, and the run as a whole."""
 
-import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from helpers import SMALL, write_lines
 import minimind
 from minimind import UserError
 from minimind.checkpoint import read_tensors, save_weight
-from minimind.config import data_samples, stage_config
+from minimind.config import stage_config
 from minimind.stages.common import frozen_copy, k3
 from minimind.stages.grpo import GRPO, group_advantages, grpo_loss
 from minimind.trainer import Run, make_optimizers, make_scaler, optimizer_step
@@ -208,7 +208,7 @@ def problems(count=6):
 def early(rows, texts):
     """A reward that can be learnt in a moment: how many of the answer's letters are a to m."""
     shares = [sum(c in "abcdefghijklm" for c in text) / max(len(text), 1) for text in texts]
-    return torch.tensor(shares)
+    return torch.tensor(shares), {}
 
 
 @pytest.fixture
@@ -224,9 +224,9 @@ def make_stage(small_model, tokenizer):
         config = stage_config("grpo", **{**defaults, **settings})
         model = small_model(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
         with torch.no_grad():  # the end has a chance everywhere: one direction is always there
-            model.model.embed_tokens.weight[:, 0] = 3.0
+            model.model.embed_tokens.weight[:, 0], model.model.norm.weight[0] = 10.0, 1.0
             model.lm_head.weight[tokenizer.eos_id] = 0.0
-            model.lm_head.weight[tokenizer.eos_id, 0] = 3.3
+            model.lm_head.weight[tokenizer.eos_id, 0] = 1.6
         return model, GRPO(config, tokenizer, problems(), frozen_copy(model), reward)
 
     return make
@@ -236,7 +236,7 @@ def gradient(model, stage, batches):
     """The gradient that the optimizer is given for a group of batches."""
     run = Run(model, make_optimizers(model, stage.config), make_scaler(stage.config, model.device))
     seen = {}
-    run.optimizer.step = lambda: seen.update(
+    run.optimizers[0].step = lambda: seen.update(
         {name: p.grad.clone() for name, p in model.named_parameters()}
     )
     loss, metrics, _ = optimizer_step(run, batches, stage, 1e-3, stage.config)
@@ -276,7 +276,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_zero(make_stage):
 
 def test_groups_without_a_difference_are_left_out_only_where_they_have_no_gradient(make_stage):
     def only_two(rows, texts):
-        return early(rows, texts) * torch.tensor([float(row["answer"] != "9") for row in rows])
+        return early(rows, texts)[0] * torch.tensor([row["answer"] != "9" for row in rows]), {}
 
     model, stage = make_stage(only_two, beta=0.0)
     short, figures = stage.rollout(model, PROMPTS, 0)
@@ -294,7 +294,7 @@ def test_groups_without_a_difference_are_left_out_only_where_they_have_no_gradie
 
 
 def test_when_all_rewards_are_equal_nothing_is_learnt(make_stage):
-    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), 0.3), beta=0.0)
+    model, stage = make_stage(lambda rows, texts: (torch.full((len(rows),), -0.3), {}), beta=0.0)
     groups, figures = stage.rollout(model, PROMPTS, 0)
     loss, _, found = gradient(model, stage, groups[0])
     assert figures["dead_groups"] == 1 and loss == pytest.approx(0, abs=1e-6)
@@ -302,25 +302,126 @@ def test_when_all_rewards_are_equal_nothing_is_learnt(make_stage):
 
 
 def test_an_answer_that_never_ends_is_cut_counted_and_earns_nothing(make_stage, tokenizer):
-    model, stage = make_stage(lambda rows, texts: torch.full((len(rows),), 2.0), num_generations=16)
+    model, stage = make_stage(
+        lambda rows, texts: (torch.full((len(rows),), 2.0), {}), num_generations=16
+    )
     groups, figures = stage.rollout(model, PROMPTS, 1)
     assert 0 < figures["truncated"] < 1
     assert figures["reward"] == pytest.approx(2 * (1 - figures["truncated"]))
     for batch in groups[0]:
         ended = (batch["labels"] == tokenizer.eos_id).any(1)
-        assert (batch["advantages"][ended] > 0).all() and (batch["advantages"][~ended] < 0).all()
+        assert (batch["advantages"][ended] >= 0).all() and (batch["advantages"][~ended] <= 0).all()
+    assert any(batch["advantages"].any() for batch in groups[0])
 
 
 @pytest.mark.parametrize(
     "settings", [{"beta": 0.0}, {"beta": 0.02, "num_iterations": 2, "policy_loss": "cispo"}]
 )
 def test_the_reward_rises(make_stage, settings):
-    model, stage = make_stage(num_generations=8, learning_rate=3e-3, **settings)
+    model, stage = make_stage(lambda rows, texts: (torch.tensor([float(len(t) < 9) for t in texts]), {}),
+                              num_generations=8, **settings)  # fmt: skip
     run = Run(model, make_optimizers(model, stage.config), make_scaler(stage.config, model.device))
     rewards = []
     for step in range(12):
         groups, figures = stage.rollout(model, PROMPTS, step)
         rewards.append(figures["reward"])
         for group in groups:
-            optimizer_step(run, group, stage, 3e-3, stage.config)
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
+            optimizer_step(run, group, stage, 1e-3, stage.config)
+    assert rewards[0] < 0.8 and sum(rewards[-4:]) / 4 > 0.95, rewards
+
+
+# The run
+
+
+@pytest.fixture
+def settings(tmp_path, small_model, tokenizer):
+    """A weight to start from, problems, and settings that fit both."""
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = small_model(vocab_size=tokenizer.vocab_size, rope_theta=1e6, **shape)
+    save_weight(tmp_path / "out/reason_32.pth", model, tokenizer, [], {})
+    small = {**SMALL, "max_seq_len": 64, "learning_rate": 1e-4, "batch_size": 2}
+    return {**small, "num_generations": 3, "max_new_tokens": 5, "out_dir": str(tmp_path / "out"),
+            "data_path": write_lines(tmp_path / "grpo.jsonl", problems()), "reasoning": 1}  # fmt: skip
+
+
+def same_but_for_time(one, other):
+    clocks = {"tokens_per_second": 0, "rollout_share": 0}
+    assert [{**row, **clocks} for row in one] == [{**row, **clocks} for row in other]
+
+
+def test_a_run_logs_what_one_wants_to_know_and_repeats_itself_bit_for_bit(
+    settings, tmp_path, capsys
+):
+    result = minimind.train("grpo", **settings)
+    assert result.weight_path.name == "grpo_32.pth" and result.metrics["steps"] == 3
+    for row in result.history:
+        assert {"reward", "accuracy", "kl", "clip_fraction", "entropy", "length", "truncated",
+                "dead_groups", "rollout_share"} <= set(row)  # fmt: skip
+        assert 0 < row["rollout_share"] < 1 and row["dead_groups"] == 1 and row["accuracy"] == 0
+    assert "What is" in capsys.readouterr().out
+    again = minimind.train("grpo", **{**settings, "out_dir": str(tmp_path / "out2"),
+                                      "from_weight": str(tmp_path / "out/reason_32.pth")})  # fmt: skip
+    same_but_for_time(result.history, again.history)
+    other = minimind.train("grpo", **{**settings, "seed": 7})
+    assert other.history[0]["entropy"] != result.history[0]["entropy"]
+
+
+def test_a_run_that_was_cut_off_in_the_middle_goes_on_bit_for_bit(settings):
+    settings = {**settings, "save_interval": 2, "beta": 0.1, "num_iterations": 2}
+    whole = minimind.train("grpo", **settings)
+    wanted = read_tensors(whole.weight_path)
+
+    def stop(step, model):
+        if step == 3:  # the resume point is from step 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        minimind.train("grpo", callback=stop, **settings)
+    resumed = minimind.train("grpo", **settings, from_resume=1)
+    same_but_for_time(whole.history, resumed.history)
+    found = read_tensors(resumed.weight_path)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+ANSWERED = {"role": "assistant", "content": "It is 4."}
+QUESTION = {"role": "user", "content": "What is 2+2?"}
+EMPTY = {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({"conversations": [QUESTION, ANSWERED]}, r"line 7: its last turn is .*It is 4.*empty assistant turn"),
+        ({"conversations": [QUESTION]}, r"line 7: .*'assistant'"),
+        ({"conversations": [QUESTION, EMPTY, QUESTION]}, r"line 7: its last turn is .*2\+2.*empty assistant turn"),
+        ({"conversations": [EMPTY]}, r"line 7: its last turn.*after a question"),
+        ({"conversations": [QUESTION, EMPTY], "answer": 4}, r'line 7: "answer" is 4; give .* string'),
+        ({"conversations": [{**QUESTION, "content": "na " * 40000}, EMPTY]},
+         r"line 7: its prompt has \d+ tokens and leaves no room for max_new_tokens=5.*32768 positions"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_answered(settings, row, words):
+    write_lines(Path(settings["data_path"]), [*problems(), row])
+    with pytest.raises(UserError, match=words):
+        minimind.train("grpo", **settings)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"num_generations": 1}, "num_generations=1.*at least 2.*SPO"),
+        ({"num_iterations": 0}, "num_iterations=0"),
+        ({"policy_loss": "clpi"}, "Unknown policy_loss 'clpi'. Did you mean 'clip'"),
+        ({"max_seq_len": 5}, "Every prompt of .* is longer than max_seq_len=5"),
+    ],
+)
+def test_settings_that_cannot_work(settings, change, words):
+    with pytest.raises(UserError, match=words):
+        minimind.train("grpo", **{**settings, **change})
+
+
+def test_long_prompts_are_left_out_whole_and_counted(settings, capsys):
+    result = minimind.train("grpo", **{**settings, "max_seq_len": 21})
+    left_out = result.metrics["prompt longer than max_seq_len=21, left out"]
+    assert 0 < left_out < 6 and f"{left_out} x prompt longer" in capsys.readouterr().out
+    assert result.metrics["steps"] == math.ceil((6 - left_out) / 4)
