@@ -5,6 +5,7 @@
 """
 
 from minimind.stages.pretrain import pretrain_task
+from minimind.stages.reason import reason_task
 from minimind.stages.sft import sft_task
 
-STAGES = {"pretrain": pretrain_task, "sft": sft_task}
+STAGES = {"pretrain": pretrain_task, "sft": sft_task, "reason": reason_task}
