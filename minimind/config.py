@@ -210,6 +210,7 @@ class TrainConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
+NORMALIZERS = ("tokens", "weights")
 
 
 @dataclass
@@ -283,7 +284,12 @@ class DPOConfig(TrainConfig):
 
 @dataclass
 class ReasonConfig(TrainConfig):
-    """Reasoning distillation: SFT with more weight on the four tags."""
+    """Reasoning distillation: SFT with more weight on the four tags.
+
+    Attributes:
+        tag_weight: weight of each tag in the loss; every other token has 1.
+        normalizer: what the weighted sum is divided by: "tokens" or "weights".
+    """
 
     data_path: str = "dataset/r1_mix_1024.jsonl"
     from_weight: str = "dpo"
@@ -293,6 +299,15 @@ class ReasonConfig(TrainConfig):
     max_seq_len: int = 720
     tag_weight: float = 10.0
     normalizer: str = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tag_weight < float("inf"):
+            raise UserError(
+                f"tag_weight={self.tag_weight} must be a number above 0; 1 is plain SFT."
+            )
+        if self.normalizer not in NORMALIZERS:
+            raise bad_value("normalizer", self.normalizer, NORMALIZERS)
 
 
 @dataclass

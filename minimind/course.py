@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,20 +24,25 @@ from minimind.evaluate import (
     MEASURES,
     Answer,
     Measure,
+    answers,
+    by_kind,
     heldout_pair_logps,
     heldout_problems,
     kl_per_token,
     measure_distill,
     most_common_answer,
     preference_rows,
+    reasoning_measures,
     samples,
     share_right,
 )
 from minimind.generate import chat
 from minimind.model import MiniMind
+from minimind.rewards import answer_of
 from minimind.stages.dpo import SIDES, as_messages
+from minimind.stages.reason import check_reasoning
 from minimind.tokenizer import Tokenizer
-from minimind.trainer import starting_point, train
+from minimind.trainer import TrainResult, starting_point, train
 
 STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in MEASURES)
 QUESTIONS = ("Hello!", "What is 17+8?")
@@ -243,12 +249,65 @@ def rl_baselines(
                                  "better": "lower", "held_out_examples": len(rows)}  # fmt: skip
 
 
+def reason_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The same start trained as long to answer at once; beside it, the commonest number always said."""
+    direct = train_direct(**run).model
+    rows = [question_and_answer(answer.question, answer.expected, answer.kind) for answer in found]
+    guesses = [replace(a, answer=most_common_number(group)) for group in by_kind(found).values()
+               for a in group]  # fmt: skip
+    baselines = {
+        "direct": reasoning_measures(answers(direct, tokenizer, rows), tokenizer),
+        "constant": reasoning_measures(guesses, tokenizer),
+    }
+    for name, measure in measures.items():
+        measure["baselines"] = {who: scores[name].value for who, scores in baselines.items()}
+        measure["baseline"] = measure["baselines"]["direct"]
+
+
+def question_and_answer(question: str, answer: str, kind: str) -> dict:
+    """Return a chat row of one turn."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"conversations": messages, "kind": kind}
+
+
+def most_common_number(found: Sequence[Answer]) -> str:
+    """Return the answer that is right most often, in its tags."""
+    number = Counter(answer_of(answer.expected) for answer in found).most_common(1)[0][0]
+    return f"<answer>{number}</answer>"
+
+
+DIRECT_LEARNING_RATE = 1e-3
+
+
+def train_direct(preset: str, seed: int = 42, out_dir: str | None = None) -> TrainResult:
+    """Train the start of `reason` on its problems without their thoughts, for as many steps."""
+    config = stage_config("reason", preset, seed=seed, **({"out_dir": out_dir} if out_dir else {}))
+    rows = read_jsonl(config.data_path, check_reasoning)
+    for row in rows:
+        message = row["conversations"][-1]
+        message["content"] = f"<answer>{answer_of(message['content'])}</answer>"
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path = Path(config.out_dir) / "reason_direct.jsonl"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return train(
+        "sft", preset, seed=seed, out_dir=config.out_dir, data_path=str(path), eval_data_path="",
+        from_weight=config.from_weight, save_weight="reason_direct", epochs=config.epochs,
+        batch_size=config.batch_size, learning_rate=DIRECT_LEARNING_RATE,
+    )  # fmt: skip
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {
     "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
     "distill": distill_baselines,
     "dpo": dpo_baselines,
     "grpo": partial(rl_baselines, "grpo"), "spo": partial(rl_baselines, "spo"),
+    "reason": reason_baselines,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -18,10 +18,11 @@ from minimind.config import data_samples
 from minimind.data import IGNORED, Example, check_conversation, check_text, pad_batch, read_jsonl
 from minimind.generate import generate, sample_rollouts
 from minimind.model import MiniMind
-from minimind.rewards import exact
+from minimind.rewards import answer_of, exact
 from minimind.stages.common import token_logps
 from minimind.stages.dpo import as_messages, check_pair, encode_pair, pair_logps
 from minimind.stages.pretrain import count_labels, next_token_loss
+from minimind.stages.reason import check_reasoning, split_thought
 from minimind.stages.rl import check_problem, prompt_ids
 from minimind.stages.sft import read_chats
 from minimind.tokenizer import Tokenizer
@@ -410,11 +411,73 @@ def kl_per_token(
     return total / tokens
 
 
+TRAINED_OPERATIONS = ("2", "3", "4", "5")  # most chains in reason.jsonl; the longer ones are few
+
+
+def answered(answer: Answer) -> bool:
+    """Whether the number is right, whatever was thought. (`Answer.right` asks for all of it.)"""
+    return answer_of(answer.answer) == answer_of(answer.expected)
+
+
+def thought_of(text: str) -> str | None:
+    """Return the thought of an answer in the right form, else None."""
+    parts = split_thought(text)
+    return parts and parts[0]
+
+
+def reasoning_answers(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> list[Answer]:
+    """Answer the held-out chains, with room for the longest right thought and half as much again."""
+    rows = read_jsonl(data_samples("reason_heldout.jsonl"), check_reasoning)
+    rows = rows if limit is None else rows[:: max(1, len(rows) // limit)]
+    longest = max(len(tokenizer.encode(row["conversations"][-1]["content"])) for row in rows)
+    return answers(model.eval(), tokenizer, rows, max_new_tokens=longest * 3 // 2)
+
+
+def reasoning_measures(found: Sequence[Answer], tokenizer: Tokenizer) -> dict[str, Measure]:
+    """What answers to chains are worth.
+
+    `format_rate`: in the form thought, answer. `answer`: the number is right, on the trained numbers
+    of operations and (`answer_5`) on each. `right_thought`: every step is right too; with ten
+    possible numbers a wrong thought still meets the right one sometimes. `thought_tokens_off`: by
+    how many tokens a thought is longer or shorter than the right one, on average.
+    """
+    trained = [answer for answer in found if answer.kind in TRAINED_OPERATIONS]
+    thoughts = [(thought_of(a.answer), thought_of(a.expected)) for a in found]
+    off = [abs(len(tokenizer.encode(mine or "")) - len(tokenizer.encode(right)))
+           for mine, right in thoughts]  # fmt: skip
+
+    def share(good: Iterable[bool], n: int) -> Measure:
+        return Measure(sum(good) / n, "higher", n)
+
+    same = (thought_of(a.answer) == thought_of(a.expected) for a in trained)
+    return {
+        "format_rate": share((mine is not None for mine, _ in thoughts), len(found)),
+        "answer": share(map(answered, trained), len(trained)),
+        "right_thought": share(same, len(trained)),
+        "thought_tokens_off": Measure(sum(off) / len(off), "lower", len(off)),
+        **{
+            f"answer_{kind}": share(map(answered, group), len(group))
+            for kind, group in sorted(by_kind(found).items())
+        },
+    }
+
+
+def measure_reason(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """Form, number and thought of greedy answers to the held-out chains."""
+    found = reasoning_answers(model, tokenizer, limit)
+    return reasoning_measures(found, tokenizer), found
+
+
 MEASURES = {
     "pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora,
     "distill": measure_distill,
     "dpo": measure_dpo,
     "grpo": measure_rl, "spo": measure_rl,
+    "reason": measure_reason,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from minimind import MiniMind, ModelConfig  # noqa: E402
 from minimind.data import pack, useful_share  # noqa: E402
 from minimind.lora import adapters, add_lora, lora_state, merge_lora  # noqa: E402
 from minimind.model import MoE, RMSNorm, apply_rotary, positions_and_mask, rotary_embedding  # noqa: E402
+from minimind.stages import reason  # noqa: E402
 from minimind.stages.dpo import dpo_loss, sequence_logps  # noqa: E402
 from minimind.stages.pretrain import next_token_loss  # noqa: E402
 from minimind.stages.sft import chat_labels  # noqa: E402
@@ -211,6 +212,8 @@ def mixture_by_softmax_of_chosen(x, router, experts, k):
         ("chat_labels", chat_labels),
         ("sequence_logps", sequence_logps),
         ("dpo_loss", lambda *arguments: dpo_loss(*arguments)[0]),
+        ("weighted_token_loss", reason.weighted_token_loss),
+        ("tag_weights", lambda ids, *rest: reason.tag_weights(*rest)),
     ],
 )
 def test_another_right_answer_passes(name, function):
