@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minimind.errors import UserError
 from minimind.model import KVCache, MiniMind, positions_and_mask
-from minimind.reader import Reader
+from minimind.reader import Reader, compiled_read
 from minimind.tokenizer import Message, Tokenizer
 
 
@@ -129,7 +129,7 @@ def generate(
 @torch.no_grad()
 def sample_rollouts(
     model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
-    eos_id: int, seed: int | None = None,
+    eos_id: int, seed: int | None = None, compiled: bool = False,
 ) -> Rollouts:  # fmt: skip
     """Sample `num_generations` answers to every prompt, in rows p0, p0, …, p1, p1, …
 
@@ -137,13 +137,24 @@ def sample_rollouts(
     prompt is read once; its keys and values are shared by its group. `logps` are those of the
     sampling itself. Under autocast the rollouts run in its precision, as the training does.
 
+    Args:
+        compiled: compile the step of one token, for long runs on a GPU: the first call costs a
+            minute or so, and rows that have ended stay in the batch to keep its shape.
+
     Raises:
         UserError: as `generate`, or num_generations below 1.
     """
     if num_generations < 1:
         raise UserError(f"num_generations={num_generations} must be at least 1.")
     tokens, logps, lengths = _decode(
-        model, prompts, num_generations, max_new_tokens, eos_id, seed, next_token_probabilities
+        model,
+        prompts,
+        num_generations,
+        max_new_tokens,
+        eos_id,
+        seed,
+        next_token_probabilities,
+        compiled,
     )
     return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
 
@@ -167,7 +178,7 @@ def _as_rollouts(
 
 def _decode(
     model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
-    seed: int | None, shape: Callable[[Tensor], Tensor],
+    seed: int | None, shape: Callable[[Tensor], Tensor], compiled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Continue every prompt `copies` times; the loop behind everything that samples.
 
@@ -180,40 +191,90 @@ def _decode(
     _check_prompts(model, prompts, max_new_tokens)
     was_training = model.training
     model.eval()
-    ids, mask = left_pad(prompts, 0, model.device)
-    capacity = ids.shape[1] + max_new_tokens
-    cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    reader = Reader(model, _precision(model))
-    padded = not bool(mask.all())
-    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
-    logits = reader(ids, positions, may_look, cache).repeat_interleave(copies, 0)
-    cache.repeat_rows(copies)
-    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
-    positions = mask.sum(1, keepdim=True) - max_new_tokens - 1  # of the last token of each row
-    alive = torch.arange(len(mask), device=model.device)  # which answer each row of the batch is
+    step_of = _compiled_step if compiled else _step
+    state = _prefill(model, prompts, copies, max_new_tokens)
+    alive = torch.arange(
+        len(state.mask), device=model.device
+    )  # which answer each row of the batch is
     uniform = row_streams(len(alive), max_new_tokens, seed).to(model.device)
     tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=model.device)
     logps = torch.zeros(len(alive), max_new_tokens, device=model.device)
     lengths = torch.full_like(alive, max_new_tokens)
 
     for step in range(max_new_tokens):
-        probabilities = shape(logits)
+        probabilities = shape(state.logits)
         token = sample(probabilities, uniform[alive, step])
         tokens[alive, step] = token
         logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
         ended = (token == eos_id).nonzero()[:, 0] if eos_id is not None else alive[:0]
         if len(ended):
-            lengths[alive[ended]] = step + 1
-            order = cache.drop_rows(ended)
-            alive, token, mask, positions = (x[order] for x in (alive, token, mask, positions))
-        if len(alive) == 0 or step + 1 == max_new_tokens:
+            lengths[alive[ended]] = lengths[alive[ended]].clamp(max=step + 1)
+            if not compiled:
+                order = state.drop_rows(ended)
+                alive, token = alive[order], token[order]
+        if step + 1 == max_new_tokens or bool((lengths <= step + 1).all()):
             break
-        positions = positions + 1
-        may_look = mask[:, None, None, : cache.length + 1] if padded else None
-        logits = reader(token[:, None], positions if padded else positions[:1], may_look, cache)
+        step_of(state, token)
 
     model.train(was_training)
     return tokens, logps, lengths
+
+
+@dataclass
+class _State:
+    """The batch between two tokens: N rows, of which the first tokens may be padding.
+
+    `mask` (N, capacity) is False there; `positions` (N, 1) are those of the last tokens; `logits`
+    (N, V) say what comes next.
+    """
+
+    reader: Reader
+    cache: KVCache
+    padded: bool
+    mask: Tensor
+    positions: Tensor
+    logits: Tensor
+
+    def drop_rows(self, gone: Tensor) -> Tensor:
+        """Forget rows of the batch; return which old row stands in each place now."""
+        order = self.cache.drop_rows(gone)
+        self.mask, self.positions = self.mask[order], self.positions[order]
+        return order
+
+
+def _prefill(
+    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+) -> _State:
+    """Read every prompt once, then copy its keys and values for each of its answers."""
+    ids, mask = left_pad(prompts, 0, model.device)
+    capacity, padded = ids.shape[1] + max_new_tokens, not bool(mask.all())
+    cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
+    reader = Reader(model, _precision(model))
+    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
+    logits = reader(ids, positions, may_look, cache)
+    cache.repeat_rows(copies)
+    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
+    last = mask.sum(1, keepdim=True) - max_new_tokens - 1
+    return _State(reader, cache, padded, mask, last, logits.repeat_interleave(copies, 0))
+
+
+def _step(state: _State, token: Tensor) -> None:
+    """Read one token per row, (N,)."""
+    state.positions += 1
+    positions = state.positions if state.padded else state.positions[:1]
+    may_look = state.mask[:, None, None, : state.cache.length + 1] if state.padded else None
+    state.logits = state.reader(token[:, None], positions, may_look, state.cache)
+
+
+def _compiled_step(state: _State, token: Tensor) -> None:
+    """`_step` in shapes that never change: over the whole capacity, with a mask."""
+    cache = state.cache
+    state.positions += 1
+    cache.place = torch.tensor([cache.length], device=token.device)
+    filled = torch.arange(state.mask.shape[1], device=token.device) <= cache.length
+    may_look = (state.mask & filled)[:, None, None]
+    state.logits = compiled_read()(state.reader, token[:, None], state.positions, may_look, cache)
+    cache.length += 1
 
 
 def _precision(model: MiniMind) -> torch.dtype:
