@@ -7,7 +7,8 @@ what is sampled for it does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,9 @@ from minimind.errors import UserError
 from minimind.model import KVCache, MiniMind, positions_and_mask
 from minimind.reader import Reader, compiled_read
 from minimind.tokenizer import Message, Tokenizer
+
+Shape = Callable[[Tensor], Tensor]  # logits (B, V) to the distribution that is sampled (B, V)
+Step = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -108,7 +112,6 @@ def row_streams(rows: int, steps: int, seed: int | None) -> Tensor:
     return torch.from_numpy(np.stack(streams))
 
 
-@torch.no_grad()
 def generate(
     model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
@@ -122,11 +125,26 @@ def generate(
         UserError: no prompt, an empty prompt, or one that leaves no room for the answer.
     """
     shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens, _, lengths = _decode(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+    with _ready(model, prompts, max_new_tokens):
+        steps = _steps(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+        tokens, _, lengths = _collect(steps, len(prompts), max_new_tokens, eos_id, model.device)
     return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
-@torch.no_grad()
+def stream(
+    model: MiniMind, prompt: Sequence[int], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the ids of one completion as they come: what `generate` returns for this prompt alone.
+
+    UserError as in `generate`, before the first id.
+    """
+    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
+    with _ready(model, [prompt], max_new_tokens):
+        for _, token, _ in _steps(model, [prompt], 1, max_new_tokens, eos_id, seed, shape):
+            yield int(token)
+
+
 def sample_rollouts(
     model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
     eos_id: int, seed: int | None = None, compiled: bool = False,
@@ -146,16 +164,12 @@ def sample_rollouts(
     """
     if num_generations < 1:
         raise UserError(f"num_generations={num_generations} must be at least 1.")
-    tokens, logps, lengths = _decode(
-        model,
-        prompts,
-        num_generations,
-        max_new_tokens,
-        eos_id,
-        seed,
-        next_token_probabilities,
-        compiled,
-    )
+    with _ready(model, prompts, max_new_tokens):
+        shape, count = next_token_probabilities, len(prompts) * num_generations
+        steps = _steps(
+            model, prompts, num_generations, max_new_tokens, eos_id, seed, shape, compiled
+        )
+        tokens, logps, lengths = _collect(steps, count, max_new_tokens, eos_id, model.device)
     return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
 
 
@@ -176,48 +190,46 @@ def _as_rollouts(
     return Rollouts(prompt_ids, starts, input_ids, mask, logps, last == eos_id, completions)
 
 
-def _decode(
+def _collect(steps: Iterator[Step], count: int, max_new_tokens: int, eos_id: int | None,
+             device: torch.device) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the tokens (N, max_new_tokens) of `_steps`, ln p of each, and how many of each row count."""
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(count, max_new_tokens, device=device)
+    for place, (rows, token, probability) in enumerate(steps):
+        tokens[rows, place] = token
+        logps[rows, place] = probability.log()
+    ends = tokens == eos_id if eos_id is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
+    return tokens, logps, lengths
+
+
+@torch.no_grad()
+def _steps(
     model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
-    seed: int | None, shape: Callable[[Tensor], Tensor], compiled: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Continue every prompt `copies` times; the loop behind everything that samples.
+    seed: int | None, shape: Shape, compiled: bool = False,
+) -> Iterator[Step]:  # fmt: skip
+    """Continue every prompt `copies` times: the loop behind everything that samples.
 
-    Args:
-        shape: logits (B, V) to the distribution that is sampled (B, V).
-
-    Returns:
-        tokens (N, max_new_tokens), ln p of each, and how many of each row count, (N,).
+    Yields:
+        for every step: the answers in the batch (B,), a token for each, and its probability.
     """
-    _check_prompts(model, prompts, max_new_tokens)
-    was_training = model.training
-    model.eval()
-    step_of = _compiled_step if compiled else _step
     state = _prefill(model, prompts, copies, max_new_tokens)
-    alive = torch.arange(
-        len(state.mask), device=model.device
-    )  # which answer each row of the batch is
-    uniform = row_streams(len(alive), max_new_tokens, seed).to(model.device)
-    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=model.device)
-    logps = torch.zeros(len(alive), max_new_tokens, device=model.device)
-    lengths = torch.full_like(alive, max_new_tokens)
-
+    advance = _compiled_step if compiled else _step
+    rows = torch.arange(len(state.mask), device=model.device)
+    uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
+    done = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         probabilities = shape(state.logits)
-        token = sample(probabilities, uniform[alive, step])
-        tokens[alive, step] = token
-        logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
-        ended = (token == eos_id).nonzero()[:, 0] if eos_id is not None else alive[:0]
-        if len(ended):
-            lengths[alive[ended]] = lengths[alive[ended]].clamp(max=step + 1)
-            if not compiled:
-                order = state.drop_rows(ended)
-                alive, token = alive[order], token[order]
-        if step + 1 == max_new_tokens or bool((lengths <= step + 1).all()):
-            break
-        step_of(state, token)
-
-    model.train(was_training)
-    return tokens, logps, lengths
+        token = sample(probabilities, uniform[rows, step])
+        yield rows, token, probabilities.gather(1, token[:, None])[:, 0].float()
+        done = done | (token == eos_id) if eos_id is not None else done
+        left = int((~done).sum())
+        if left == 0 or step + 1 == max_new_tokens:
+            return
+        if left < len(rows) and not compiled:
+            order = state.drop_rows(done.nonzero()[:, 0])
+            rows, token, done = rows[order], token[order], done[order]
+        advance(state, token)
 
 
 @dataclass
@@ -282,6 +294,20 @@ def _precision(model: MiniMind) -> torch.dtype:
     kind = model.device.type
     on = torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else model.lm_head.weight.dtype
+
+
+@contextmanager
+def _ready(
+    model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[None]:
+    """Check the prompts and hold the model in eval mode."""
+    _check_prompts(model, prompts, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -46,7 +46,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     slowed down by `factor`; fast ones stay; a ramp joins the two.
     """
     size, theta = config.head_dim, config.rope_theta
-    frequencies = theta ** -(torch.arange(0, size, 2).float() / size)
+    frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     scaling = config.rope_scaling
     if not scaling:
         return frequencies, 1.0
@@ -59,7 +59,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     low = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
     high = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), size - 1)
     ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
+    scale = scaling.get("attention_factor", 0.1 * math.log(factor) + 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, scale
 
 
 def rotary_embedding(
