@@ -13,6 +13,7 @@ import torch
 
 from minimind.config import TrainConfig
 from minimind.model import MiniMind
+from minimind.precision import pick_dtype
 from minimind.stages.pretrain import count_labels, language_model_loss
 from minimind.stages.task import Task
 from minimind.trainer import (
@@ -22,7 +23,6 @@ from minimind.trainer import (
     model_config,
     optimizer_step,
     pick_device,
-    pick_dtype,
 )
 
 

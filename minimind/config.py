@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
@@ -31,7 +32,8 @@ class ModelConfig:
         intermediate_size: width of the feed-forward; default 8/3 of hidden, rounded up to 64.
         rope_scaling: `{"rope_type": "yarn", "factor": 4.0,
             "original_max_position_embeddings": 2048}` stretches RoPE to longer texts
-            (YaRN, arXiv 2309.00071); None leaves it as trained.
+            (YaRN, arXiv 2309.00071); None leaves it as trained. Also `attention_factor` (default
+            0.1 ln(factor) + 1), `beta_fast` and `beta_slow`.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts.
     """
 
@@ -70,6 +72,19 @@ class ModelConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
                 f"num_experts={self.num_experts}."
             )
+        self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: dict | None) -> None:
+        numbers = {k: v for k, v in (scaling or {}).items() if k != "rope_type"}
+        good = all(_is_number(value) and value > 0 for value in numbers.values())
+        if scaling and not (
+            scaling.get("rope_type") == "yarn" and good and numbers.keys() <= YARN
+            and numbers.get("factor", 0) >= 1 and "original_max_position_embeddings" in numbers
+        ):  # fmt: skip
+            raise UserError(
+                f"rope_scaling={scaling} is not understood: rope_type 'yarn', factor (at least 1) and "
+                f"original_max_position_embeddings; beside them only {', '.join(sorted(YARN))}."
+            )
 
     def _must_divide(self, whole: str, part: str) -> None:
         a, b = getattr(self, whole), getattr(self, part)
@@ -77,17 +92,39 @@ class ModelConfig:
             raise UserError(f"{whole}={a} is not a multiple of {part}={b}. Change one of the two.")
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """Build a config from a sidecar's dict; an unknown key is an error with near misses."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise bad_value("model setting", key, known)
+    def from_dict(cls, values: dict, source: object = "the config") -> ModelConfig:
+        """Build a config from a file's dict; an unknown key is an error with near misses."""
+        kinds = {field.name: field.type.split(" | ") for field in fields(cls)}
+        for key, value in values.items():
+            if key not in kinds:
+                raise bad_value("model setting", key, kinds)
+            kind, *optional = kinds[key]
+            if not _IS_A[kind](value) and not (value is None and optional):
+                raise UserError(f"{source}: {key}={value!r} is not {_WANTED[kind]}.")
         return cls(**values)
 
     def to_dict(self) -> dict:
         """Return the settings as a dict that JSON can hold."""
         return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+_IS_A = {
+    "int": lambda value: _is_number(value) and isinstance(value, int) and 1 <= value < 2**31,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "dict": lambda value: isinstance(value, dict),
+}
+_WANTED = {
+    "int": "a whole number from 1 to 2^31",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "an object",
+}
+YARN = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
 
 
 @dataclass
@@ -198,7 +235,14 @@ class SFTConfig(TrainConfig):
 
 @dataclass
 class LoRAConfig(TrainConfig):
-    """Low-rank adapters on a frozen model, trained like SFT."""
+    """Low-rank adapters on a frozen model, trained like SFT.
+
+    Attributes:
+        lora_r: rank of each update.
+        lora_alpha: strength; the update is scaled by lora_alpha / lora_r.
+        target_modules: projections that get one, among q_proj k_proj v_proj o_proj gate_proj
+            up_proj down_proj.
+    """
 
     data_path: str = "dataset/lora_identity.jsonl"
     from_weight: str = "full_sft"
@@ -212,7 +256,13 @@ class LoRAConfig(TrainConfig):
 
 @dataclass
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation. `sft_coef` adds so much of the SFT loss on the chosen answer."""
+    """Direct preference optimisation.
+
+    Attributes:
+        batch_size: pairs, not answers.
+        beta: how closely the model keeps to its reference, the weights it started from.
+        sft_coef: adds so much of the SFT loss on the chosen answers (arXiv 2404.19733).
+    """
 
     data_path: str = "dataset/dpo.jsonl"
     from_weight: str = "full_sft"
@@ -222,6 +272,13 @@ class DPOConfig(TrainConfig):
     max_seq_len: int = 1024
     beta: float = 0.1
     sft_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"beta={self.beta} must be above 0; 0.1 is usual, 0.01 moves further.")
+        if not self.sft_coef >= 0:
+            raise UserError(f"sft_coef={self.sft_coef} must be 0 (DPO alone) or above.")
 
 
 @dataclass
@@ -240,7 +297,17 @@ class ReasonConfig(TrainConfig):
 
 @dataclass
 class GRPOConfig(TrainConfig):
-    """Group relative policy optimisation. `max_seq_len` limits the prompt."""
+    """Group relative policy optimisation. `max_seq_len` limits the prompt.
+
+    Attributes:
+        max_new_tokens: an answer that has not ended by then is cut and counted as truncated.
+        num_generations: answers sampled for each prompt.
+        num_iterations: updates on the same answers; above 1 `clip_eps` limits how far they go.
+        beta: weight of the distance (KL) to the weights that the run started from.
+        policy_loss: "clip" as in PPO, or "cispo" (arXiv 2506.13585).
+        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reward_model_path: folder of a learned reward model, for problems without an "answer".
+    """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
     from_weight: str = "reason"
@@ -250,15 +317,29 @@ class GRPOConfig(TrainConfig):
     max_seq_len: int = 66
     max_new_tokens: int = 1536
     num_generations: int = 8
+    num_iterations: int = 1
     beta: float = 0.02
     clip_eps: float = 0.2
+    policy_loss: str = "clip"
     reasoning: int = 1
     reward_model_path: str = ""
 
 
 @dataclass
 class SPOConfig(TrainConfig):
-    """Single-stream policy optimisation. `max_seq_len` limits the prompt."""
+    """Single-stream policy optimisation. `max_seq_len` limits the prompt.
+
+    One step samples one answer to each of `batch_size` x `accumulation_steps` problems. They are
+    drawn by how open their outcome is, so `epochs` counts how many, not passes over the data.
+
+    Attributes:
+        max_new_tokens: an answer that has not ended by then is cut and counted as truncated.
+        beta: weight of the distance (KL) to the weights that the run started from.
+        priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
+            is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
+        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reward_model_path: folder of a learned reward model, for problems without an "answer".
+    """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
     from_weight: str = "reason"
@@ -269,6 +350,7 @@ class SPOConfig(TrainConfig):
     max_seq_len: int = 66
     max_new_tokens: int = 1536
     beta: float = 0.02
+    priority_epsilon: float = 0.05
     reasoning: int = 1
     reward_model_path: str = ""
 
@@ -341,11 +423,19 @@ PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
         "pretrain": dict(
-            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=3.2
+            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
-        "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
+        "lora": dict(
+            _COURSE,
+            learning_rate=3e-3,
+            epochs=4,
+            batch_size=32,
+            lora_r=4,
+            lora_alpha=8,
+            target_modules=("gate_proj", "up_proj", "down_proj"),
+        ),
+        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
         "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(
@@ -372,7 +462,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
-        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2),
+        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(
             _TINY,

@@ -7,14 +7,50 @@ what is sampled for it does not depend on its neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.model import KVCache, MiniMind
+from minimind.model import KVCache, MiniMind, positions_and_mask
+from minimind.reader import Reader
 from minimind.tokenizer import Message, Tokenizer
+
+
+@dataclass
+class Rollouts:
+    """Sampled answers, `N = prompts x num_generations` rows; those to one prompt stand together.
+
+    Rows start with the prompt, the answer follows, zeros fill up to T: a causal model needs no mask
+    to be trained on them, since nothing that is trained looks at the padding.
+
+    Attributes:
+        prompt_ids: the prompts, one per row.
+        prompt_lengths: (N,) tokens in each prompt.
+        input_ids: (N, T) prompt and answer.
+        mask: (N, T) bool, True where the token was sampled.
+        logps: (N, T) float32, ln p of the sampled tokens when they were sampled; 0 elsewhere.
+        finished: (N,) bool, ended with `eos_id`; the others were cut at `max_new_tokens`.
+        completions: the answers as token ids, the last `eos_id` included.
+    """
+
+    prompt_ids: list[list[int]]
+    prompt_lengths: Tensor
+    input_ids: Tensor
+    mask: Tensor
+    logps: Tensor
+    finished: Tensor
+    completions: list[list[int]]
+
+    @property
+    def truncated(self) -> Tensor:
+        """(N,) bool: cut before the answer ended."""
+        return ~self.finished
 
 
 def next_token_probabilities(
@@ -40,14 +76,16 @@ def next_token_probabilities(
         better = ordered.cumsum(-1) - ordered  # probability of all tokens before this one
         ordered = ordered.masked_fill(better >= top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
-    return probabilities / probabilities.sum(-1, keepdim=True)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities
 
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row (B,): where the running sum of (B, V) passes uniform (B,) in [0, 1)."""
     running = probabilities.double().cumsum(-1)
     threshold = uniform.double()[:, None] * running[:, -1:]
-    return (running <= threshold).sum(-1).clamp(max=probabilities.shape[-1] - 1)
+    token = torch.searchsorted(running, threshold, right=True)[:, 0]
+    return token.clamp(max=probabilities.shape[-1] - 1)
 
 
 def left_pad(
@@ -61,12 +99,13 @@ def left_pad(
 
 
 def row_streams(rows: int, steps: int, seed: int | None) -> Tensor:
-    """Return uniform numbers (rows, steps), row r from a generator of its own."""
+    """Return uniform numbers (rows, steps) in [0, 1), row r from a stream of its own.
+
+    Seed and row are hashed together, so the streams of two seeds have nothing in common.
+    """
     base = int(torch.randint(2**31, (1,))) if seed is None else seed
-    streams = [
-        torch.rand(steps, generator=torch.Generator().manual_seed(base + r)) for r in range(rows)
-    ]
-    return torch.stack(streams)
+    streams = [np.random.default_rng((base, r)).random(steps) for r in range(rows)]
+    return torch.from_numpy(np.stack(streams))
 
 
 @torch.no_grad()
@@ -82,33 +121,132 @@ def generate(
     Raises:
         UserError: no prompt, an empty prompt, or one that leaves no room for the answer.
     """
+    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, _, lengths = _decode(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+    return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def sample_rollouts(
+    model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
+    eos_id: int, seed: int | None = None,
+) -> Rollouts:  # fmt: skip
+    """Sample `num_generations` answers to every prompt, in rows p0, p0, …, p1, p1, …
+
+    They come from exactly the distribution that is trained: temperature 1, no top-k, no top-p. A
+    prompt is read once; its keys and values are shared by its group. `logps` are those of the
+    sampling itself. Under autocast the rollouts run in its precision, as the training does.
+
+    Raises:
+        UserError: as `generate`, or num_generations below 1.
+    """
+    if num_generations < 1:
+        raise UserError(f"num_generations={num_generations} must be at least 1.")
+    tokens, logps, lengths = _decode(
+        model, prompts, num_generations, max_new_tokens, eos_id, seed, next_token_probabilities
+    )
+    return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
+
+
+def _as_rollouts(
+    prompts: Sequence[Sequence[int]], copies: int, tokens: Tensor, logps: Tensor, lengths: Tensor, eos_id: int
+) -> Rollouts:  # fmt: skip
+    """Put prompts and answers, tokens and logps (N, M) with lengths (N,), into right-padded rows."""
+    prompt_ids = [list(prompt) for prompt in prompts for _ in range(copies)]
+    completions = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    starts = torch.tensor([len(prompt) for prompt in prompt_ids], device=tokens.device)
+    rows = [p + c for p, c in zip(prompt_ids, completions, strict=True)]
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=tokens.device)
+    place = torch.arange(width, device=tokens.device) - starts[:, None]  # in the answer
+    mask = (place >= 0) & (place < lengths[:, None])
+    last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
+    logps = logps.gather(1, place.clamp(0, logps.shape[1] - 1)).masked_fill(~mask, 0.0)
+    return Rollouts(prompt_ids, starts, input_ids, mask, logps, last == eos_id, completions)
+
+
+def _decode(
+    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
+    seed: int | None, shape: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Continue every prompt `copies` times; the loop behind everything that samples.
+
+    Args:
+        shape: logits (B, V) to the distribution that is sampled (B, V).
+
+    Returns:
+        tokens (N, max_new_tokens), ln p of each, and how many of each row count, (N,).
+    """
     _check_prompts(model, prompts, max_new_tokens)
     was_training = model.training
     model.eval()
     ids, mask = left_pad(prompts, 0, model.device)
     capacity = ids.shape[1] + max_new_tokens
     cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    uniform = row_streams(len(prompts), max_new_tokens, seed).to(model.device)
-    alive = torch.arange(len(prompts), device=model.device)  # which prompt each row of the batch is
-    completions: list[list[int]] = [[] for _ in prompts]
-    padded = len({len(prompt) for prompt in prompts}) > 1
+    reader = Reader(model, _precision(model))
+    padded = not bool(mask.all())
+    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
+    logits = reader(ids, positions, may_look, cache).repeat_interleave(copies, 0)
+    cache.repeat_rows(copies)
+    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
+    positions = mask.sum(1, keepdim=True) - max_new_tokens - 1  # of the last token of each row
+    alive = torch.arange(len(mask), device=model.device)  # which answer each row of the batch is
+    uniform = row_streams(len(alive), max_new_tokens, seed).to(model.device)
+    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=model.device)
+    logps = torch.zeros(len(alive), max_new_tokens, device=model.device)
+    lengths = torch.full_like(alive, max_new_tokens)
 
     for step in range(max_new_tokens):
-        hidden = model.model(ids, mask if padded else None, cache)[:, -1]
-        probabilities = next_token_probabilities(model.lm_head(hidden), temperature, top_k, top_p)
+        probabilities = shape(logits)
         token = sample(probabilities, uniform[alive, step])
-        for row, value in zip(alive.tolist(), token.tolist(), strict=True):
-            completions[row].append(value)
-        going_on = (token != eos_id).nonzero()[:, 0] if eos_id is not None else alive
-        if len(going_on) == 0:
+        tokens[alive, step] = token
+        logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
+        ended = (token == eos_id).nonzero()[:, 0] if eos_id is not None else alive[:0]
+        if len(ended):
+            lengths[alive[ended]] = step + 1
+            order = cache.drop_rows(ended)
+            alive, token, mask, positions = (x[order] for x in (alive, token, mask, positions))
+        if len(alive) == 0 or step + 1 == max_new_tokens:
             break
-        if len(going_on) < len(alive):
-            alive, token, mask = alive[going_on], token[going_on], mask[going_on]
-            cache.keep_rows(going_on)
-        ids, mask = token[:, None], torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        positions = positions + 1
+        may_look = mask[:, None, None, : cache.length + 1] if padded else None
+        logits = reader(token[:, None], positions if padded else positions[:1], may_look, cache)
 
     model.train(was_training)
-    return completions
+    return tokens, logps, lengths
+
+
+@torch.no_grad()
+def stream(
+    model: MiniMind, prompt: Sequence[int], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the ids of one completion as they come: what `generate` returns for this prompt alone.
+
+    The model must be in eval mode. UserError as in `generate`, before the first id.
+    """
+    _check_prompts(model, [prompt], max_new_tokens)
+    cache = KVCache(
+        model.config, 1, len(prompt) + max_new_tokens, like=model.model.embed_tokens.weight
+    )
+    uniform = row_streams(1, max_new_tokens, seed).to(model.device)
+    ids = torch.tensor([prompt], device=model.device)
+    for step in range(max_new_tokens):
+        logits = model.lm_head(model.model(ids, None, cache)[:, -1])
+        token = sample(
+            next_token_probabilities(logits, temperature, top_k, top_p), uniform[:, step]
+        )
+        yield int(token)
+        if int(token) == eos_id:
+            return
+        ids = token[:, None]
+
+
+def _precision(model: MiniMind) -> torch.dtype:
+    """Return autocast's dtype if it is on, else that of the weights."""
+    kind = model.device.type
+    on = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else model.lm_head.weight.dtype
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

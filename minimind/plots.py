@@ -46,6 +46,23 @@ def loss_curve(history: Sequence[dict], title: str = "") -> Figure:
     return figure
 
 
+def reward_curve(history: Sequence[dict], title: str = "") -> Figure:
+    """Mean reward and accuracy against steps, distance to the reference beside them.
+
+    What reinforcement learning should show instead of its loss, which is about 0 by design.
+    """
+    figure, (left, right) = new_figure(2, width=9)
+    for name, colour in (("reward", BLUE), ("accuracy", ORANGE)):
+        rows = [row for row in history if name in row]
+        left.plot([r["step"] for r in rows], [r[name] for r in rows], color=colour, label=name)
+    left.set(xlabel="step", ylabel="mean over the sampled answers", title=title)
+    left.legend(frameon=False)
+    rows = [row for row in history if "kl" in row]
+    right.plot([r["step"] for r in rows], [r["kl"] for r in rows], color=GREEN)
+    right.set(xlabel="step", ylabel="KL to the reference (nats per token)", ylim=(0, None))
+    return figure
+
+
 def lines(
     x: Sequence[float], ys: dict[str, Sequence[float]], xlabel: str, ylabel: str, title: str = ""
 ) -> Figure:

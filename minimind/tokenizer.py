@@ -92,8 +92,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Read the content of a `tokenizer.json`, as `to_json` gave it."""
-        return cls(BPE.from_str(text))
+        """Read the content of a `tokenizer.json`, as `to_json` gave it. UserError if it is none."""
+        try:
+            return cls(BPE.from_str(text))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"The tokenizer cannot be read ({error}). Make it again.") from error
 
     def to_json(self) -> str:
         """Return the content of a `tokenizer.json`."""

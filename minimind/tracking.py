@@ -49,13 +49,13 @@ def jsonl_log(path: Path, history: list[Row]) -> Tracker:
 
 
 def live_curve(name: str, history: list[Row]) -> Tracker:
-    """Draw the loss as it comes, in one picture that is redrawn about twice a second at most."""
+    """Draw the loss (in RL the reward) as it comes, in one picture that is redrawn about twice a second at most."""
     import time
 
     import matplotlib.pyplot as plt
     from IPython.display import display
 
-    from minimind.plots import loss_curve
+    from minimind.plots import loss_curve, reward_curve
 
     rows, handle, drawn = list(history), display(display_id=True), 0.0
 
@@ -64,7 +64,8 @@ def live_curve(name: str, history: list[Row]) -> Tracker:
         rows.append(row)
         last = row["step"] == row["total_steps"]
         if len(rows) > 1 and (last or time.monotonic() - drawn > 2):
-            figure = loss_curve(rows, title=name)
+            draw = reward_curve if "reward" in row else loss_curve
+            figure = draw(rows, title=name)
             handle.update(figure)
             plt.close(figure)
             drawn = time.monotonic()

@@ -11,7 +11,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minimind.checkpoint import (
-    find_weight,
-    how_to_make,
-    load_sidecar,
+    load_model,
     load_state,
     read_tensors,
     save_weight,
+    starting_weight,
     weight_path,
     write_atomically,
 )
@@ -34,6 +32,7 @@ from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.model import MiniMind
+from minimind.precision import autocast
 from minimind.stages import NEEDS, STAGES
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -121,7 +120,7 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
     total_steps = ceil(total_batches / k)
     trackers = start_trackers(config, name, run.history)
     progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0)
-    tokens, since, figures = 0, time.monotonic(), []
+    tokens, rolling, since, figures = 0, 0.0, time.monotonic(), []
     if callback and run.step == 0:
         callback(0, run.model)
 
@@ -130,7 +129,9 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
         lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
         updates, rolled = [group], {}
         if task.rollout:
+            began = time.monotonic()
             updates, rolled = task.rollout(run.model, group, run.step)
+            rolling += time.monotonic() - began
         for update in updates:
             loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
         run.step += 1
@@ -147,11 +148,13 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
             ):
                 row["heldout_loss"] = heldout_loss(run.model, task, config)
             row["tokens_per_second"] = round(tokens / (time.monotonic() - since))
+            if task.rollout:
+                row["rollout_share"] = round(rolling / (time.monotonic() - since), 3)
             run.history.append(row)
             for log in trackers:
                 log(row)
             progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
-            tokens, since, figures = 0, time.monotonic(), []
+            tokens, rolling, since, figures = 0, 0.0, time.monotonic(), []
         if callback:
             callback(run.step, run.model)
         if run.step % config.save_interval == 0 or last:
@@ -262,25 +265,6 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of matrix products; "auto" is bfloat16 where the hardware computes in it."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return (
-        torch.bfloat16
-        if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        else torch.float32
-    )
-
-
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager:
-    """Return the context in which matrix products run in the chosen dtype; weights stay float32."""
-    dtype = pick_dtype(config.dtype, device)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
-
-
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101); norms and other vectors are not decayed.
 
@@ -317,19 +301,10 @@ def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]
     if config.from_weight == "none":
         tokenizer = Tokenizer.load(config.tokenizer_path)
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
-    path = Path(config.from_weight)
-    if path.suffix != ".pth":
-        path = weight_path(config.out_dir, config.from_weight, config.hidden_size)
-        if not path.is_file():
-            raise UserError(
-                f"There is no weight {path} to start from. {how_to_make(config.from_weight, config.out_dir)}"
-            )
-    path = find_weight(str(path))
-    sidecar = load_sidecar(path)
+    path = starting_weight(config)
+    model, sidecar = load_model(path)
     tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
-    model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
     check_shape(model.config, config, path)
-    load_state(model, read_tensors(path), path)
     return model, tokenizer, sidecar["stages"]
 
 

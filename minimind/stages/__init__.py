@@ -6,8 +6,20 @@ that names the runs (stage, settings) which must come first, if what they make i
 """
 
 from minimind.stages.distill import distill_task, missing_teacher
+from minimind.stages.dpo import dpo_task
+from minimind.stages.grpo import grpo_task
+from minimind.stages.lora import lora_task
 from minimind.stages.pretrain import pretrain_task
 from minimind.stages.sft import sft_task
+from minimind.stages.spo import spo_task
 
-STAGES = {"pretrain": pretrain_task, "sft": sft_task, "distill": distill_task}
+STAGES = {
+    "pretrain": pretrain_task,
+    "sft": sft_task,
+    "lora": lora_task,
+    "dpo": dpo_task,
+    "grpo": grpo_task,
+    "spo": spo_task,
+    "distill": distill_task,
+}
 NEEDS = {"distill": missing_teacher}

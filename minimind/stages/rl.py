@@ -1,0 +1,230 @@
+"""What the reinforcement learning stages share: problems in, rewarded answers and batches out.
+
+A row is a conversation whose last assistant turn is empty: the model is to write it. Its
+`"answer"`, if it has one, is what can be verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from minimind.config import GRPOConfig, SPOConfig
+from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
+from minimind.errors import UserError
+from minimind.generate import sample_rollouts
+from minimind.precision import autocast
+from minimind.rewards import Rewards, exact
+from minimind.stages.common import token_logps
+from minimind.tokenizer import Tokenizer
+
+ROWS = 32  # answers in one forward pass of an update; sorted by length they need little padding
+SAMPLES_EVERY = 5  # rows of the log between two printed answers
+SEEDS_PER_STEP = 1_000_003  # more than answers in a step, so that no two steps share a stream
+RLConfig = GRPOConfig | SPOConfig
+Reward = Callable[[Sequence[dict], Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
+
+
+def make_reward(config: RLConfig) -> Reward:
+    """Return what the stage pays for: the right answer, and nothing that can be had without it."""
+    return Rewards([("exact", 1.0)])
+
+
+def check_problem(row: dict) -> str | None:
+    """Return what is wrong with a row for reinforcement learning, or None."""
+    fault = check_conversation(row)
+    if fault:
+        return fault
+    *asked, last = row["conversations"]
+    if last["role"] != "assistant" or last["content"].strip() or not asked:
+        return (
+            f"its last turn is {last}; it must be an empty assistant turn after a question, "
+            'for the model to write. Append {"role": "assistant", "content": ""}.'
+        )
+    if "answer" in row and not (isinstance(row["answer"], str) and row["answer"].strip()):
+        return f'"answer" is {row["answer"]!r}; give the right answer as a string, or leave it out.'
+    return None
+
+
+def prompt_ids(row: dict, tokenizer: Tokenizer) -> list[int]:
+    """Return the conversation up to the empty turn, which is opened for the model to write."""
+    return tokenizer.encode_chat(row["conversations"][:-1], add_generation_prompt=True)
+
+
+def read_problems(
+    config: RLConfig, tokenizer: Tokenizer, room: int
+) -> tuple[list[dict], dict[str, int]]:
+    """Read the rows of `data_path`; those with prompts beyond `max_seq_len` are left out and counted.
+
+    Cutting a prompt would ask another question, so it is left whole or out.
+
+    Args:
+        room: positions of the model, which prompt and answer must share.
+
+    Raises:
+        UserError: a bad row, one whose prompt leaves no room to answer, or no row is left.
+    """
+
+    def check(row: dict) -> str | None:
+        fault = check_problem(row)
+        size = 0 if fault else len(prompt_ids(row, tokenizer))
+        if size + config.max_new_tokens > room:
+            return (
+                f"its prompt has {size} tokens and leaves no room for max_new_tokens="
+                f"{config.max_new_tokens} in the model's {room} positions. Shorten it or lower "
+                "max_new_tokens."
+            )
+        return fault
+
+    rows = read_jsonl(config.data_path, check)
+    fitting = [row for row in rows if len(prompt_ids(row, tokenizer)) <= config.max_seq_len]
+    left_out = f"prompt longer than max_seq_len={config.max_seq_len}, left out"
+    if not fitting:
+        raise UserError(
+            f"Every prompt of {config.data_path} is longer than max_seq_len={config.max_seq_len} "
+            "tokens. Raise max_seq_len."
+        )
+    return fitting, {left_out: len(rows) - len(fitting)} if len(fitting) < len(rows) else {}
+
+
+def problem_numbers(examples: Sequence[Example]) -> Batch:
+    """Collate examples `{"row": [i]}` to the numbers of the problems, (B,)."""
+    return {"row": torch.tensor([example["row"][0] for example in examples])}
+
+
+@dataclass
+class Answers:
+    """The sampled and rewarded answers of one step; those to one problem stand together.
+
+    Attributes:
+        problems: the row that each answer belongs to, N of them.
+        prompts, completions: token ids.
+        logps: (N, T) log-probability of every sampled token when it was sampled, 0 after the end.
+        texts: the completions as text.
+        truncated: (N,) bool, cut at `max_new_tokens` before they ended.
+        rewards: (N,).
+        parts: name of every part of the reward to its values (N,), unweighted.
+        right: (N,) 1.0 or 0.0; NaN where the problem has no "answer" to verify.
+    """
+
+    problems: list[dict]
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    logps: Tensor
+    texts: list[str]
+    truncated: Tensor
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    right: Tensor
+
+    def figures(self) -> dict[str, float]:
+        """Return what is logged of a step. Entropy is estimated by -ln p of the sampled tokens."""
+        tokens = sum(len(completion) for completion in self.completions)
+        found = {
+            "reward": float(self.rewards.mean()),
+            "accuracy": float(self.right.nanmean()),
+            "entropy": float(-self.logps.sum()) / tokens,
+            "length": tokens / len(self.completions),
+            "truncated": float(self.truncated.float().mean()),
+        }
+        if len(self.parts) > 1:
+            found |= {f"reward_{name}": float(part.mean()) for name, part in self.parts.items()}
+        return {name: value for name, value in found.items() if value == value}
+
+
+def sample_answers(
+    model: nn.Module, problems: Sequence[dict], num_generations: int, config: RLConfig,
+    tokenizer: Tokenizer, reward: Reward, step: int,
+) -> Answers:  # fmt: skip
+    """Sample `num_generations` answers to every problem at temperature 1, and reward them.
+
+    An answer that was cut earns at most 0, whatever it holds: the model is to learn to end.
+
+    No temperature, no top-p: they come from exactly the distribution whose log-probabilities are
+    trained. The sample depends on the weights, the seed and the step alone.
+    """
+    prompts = [prompt_ids(row, tokenizer) for row in problems]
+    sampled = sample_rollouts(
+        model, prompts, num_generations, config.max_new_tokens, tokenizer.eos_id,
+        seed=config.seed + SEEDS_PER_STEP * step,
+    )  # fmt: skip
+    each = [i for i in range(len(problems)) for _ in range(num_generations)]
+    rows = [problems[i] for i in each]
+    texts = [tokenizer.decode(completion) for completion in sampled.completions]
+    scores, parts = reward(rows, texts)
+    truncated = sampled.truncated.cpu()
+    return Answers(
+        problems=rows,
+        prompts=sampled.prompt_ids,
+        completions=sampled.completions,
+        logps=sampled.logps.cpu(),
+        texts=texts,
+        truncated=truncated,
+        rewards=torch.where(truncated, scores.clamp(max=0), scores),
+        parts=parts,
+        right=torch.tensor(
+            [
+                exact(text, row["answer"]) if "answer" in row else float("nan")
+                for row, text in zip(rows, texts, strict=True)
+            ]
+        ),
+    )
+
+
+def training_batches(
+    answers: Answers, columns: dict[str, Tensor], pad_id: int, kept: Tensor | None = None
+) -> list[Batch]:
+    """Return prompts with their answers as batches of at most `ROWS`, sorted by length.
+
+    Args:
+        columns: name to (N,) values of the answers, which become entries of the batches.
+        kept: (N,) bool, the answers to train on; default all.
+
+    Returns:
+        batches of `input_ids` and `labels` (B, T), -100 on prompt and padding, and the columns.
+    """
+    examples = []
+    for prompt, completion in zip(answers.prompts, answers.completions, strict=True):
+        labels = [IGNORED] * len(prompt) + completion
+        examples.append({"input_ids": prompt + completion, "labels": labels})
+    order = [i for i in range(len(examples)) if kept is None or kept[i]]
+    order.sort(key=lambda i: len(examples[i]["input_ids"]))
+    batches = []
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
+        batch = pad_batch([examples[i] for i in rows], pad_id)
+        batches.append({**batch, **{name: values[rows] for name, values in columns.items()}})
+    return batches
+
+
+@torch.no_grad()
+def add_logps(name: str, model: nn.Module, batches: Sequence[Batch], config: RLConfig) -> None:
+    """Put log-probabilities (B, T-1) of the sampled tokens under `model` into every batch.
+
+    In the precision of training, and batch by batch as there: else the ratio of two equal policies
+    would not be 1.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        with autocast(config, device):
+            logits = model(batch["input_ids"].to(device))
+        batch[name] = token_logps(logits, batch["labels"].to(device))
+
+
+def print_sample(answers: Answers, step: int, every: int) -> None:
+    """Print one answer of each `every`-th step, from another place in the batch each time."""
+    if step % every:
+        return
+    i = step % len(answers.texts)
+    question = answers.problems[i]["conversations"][-2]["content"]
+    wanted = answers.problems[i].get("answer")
+    tqdm.write(
+        f"step {step}: {question} → {answers.texts[i]}"
+        + (" (cut)" if answers.truncated[i] else "")
+        + f"   reward {float(answers.rewards[i]):.2f}"
+        + (f", right is {wanted}" if wanted else "")
+    )
