@@ -451,7 +451,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             target_modules=("gate_proj", "up_proj", "down_proj"),
         ),
         "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
-        "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
+        "reason": dict(_COURSE, learning_rate=3e-3, epochs=1.25, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(
             _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
