@@ -93,5 +93,5 @@ def test_the_package_stays_small():
     """What trains, samples and measures; the ways in and out are a small package beside it."""
     doors = {"interop", "gguf", "scoring", "serve", "cli"}
     core = [path for path in PACKAGE if path.stem not in doors]
-    assert sum(map(lines_of_code, core)) <= 3500
-    assert sum(map(lines_of_code, PACKAGE)) <= 4600
+    assert sum(map(lines_of_code, core)) <= 3700
+    assert sum(map(lines_of_code, PACKAGE)) <= 4900
