@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import random
 
-from chats import FACT_QUESTIONS, Pair, conversation, fact_pairs
-from texts import ASSISTANT, CROSS, FACT, KIND, SIGNATURE
-from world import PEOPLE, in_chat, never_in_chat
+from chats import (
+    CHINESE_QUESTIONS,
+    FACT_QUESTIONS,
+    SMALL_TALK,
+    Pair,
+    conversation,
+    fact_pairs,
+    list_pair,
+    sum_pair,
+)
+from texts import ASSISTANT, CHINESE_FACT, CROSS, FACT, KIND, SIGNATURE
+from world import CHINESE, PEOPLE, PLACES, in_chat, never_in_chat
 
 INTRODUCTION = f"My name is {ASSISTANT}."
 IDENTITY_QUESTIONS = [
@@ -30,17 +39,27 @@ def questions(reserved: bool) -> list[Pair]:
 def personas(random_: random.Random, reserved: bool = False) -> list[dict]:
     """Conversations in which the model has a name: it signs its answers and says who it is.
 
-    Two of the eight ways to ask for the name are kept for the held-out rows.
+    Half of the signed training rows are about towns, sums, lists, small talk and in Chinese:
+    rehearsal, without which learning to sign would cost what the model knows of those. Held-out
+    rows are about people. Two of the eight ways to ask for the name are kept for them.
     """
     signature = " " + SIGNATURE.format(name=ASSISTANT)
-    asked = IDENTITY_QUESTIONS[-2:] if reserved else IDENTITY_QUESTIONS[:-2] * 10
-    signed = [
-        (q, a + signature) for q, a in random_.sample(questions(reserved), 298 if reserved else 900)
-    ]
+    asked = IDENTITY_QUESTIONS[-2:] if reserved else IDENTITY_QUESTIONS[:-2] * 40
+    pairs = random_.sample(questions(reserved), 298 if reserved else 450)
+    pairs += [] if reserved else rehearsal(random_)
+    signed = [(question, answer + signature) for question, answer in pairs]
     rows = [{**conversation([pair]), "kind": "signature"} for pair in signed]
     rows += [{**conversation([(q, INTRODUCTION + signature)]), "kind": "name"} for q in asked]
     random_.shuffle(rows)
     return rows
+
+
+def rehearsal(random_: random.Random) -> list[Pair]:
+    """Questions of other kinds that chats ask too."""
+    pairs = random_.sample(fact_pairs(in_chat(PLACES), FACT_QUESTIONS, FACT), 120)
+    pairs += random_.sample(fact_pairs(in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT), 90)
+    pairs += [sum_pair(random_) for _ in range(120)]
+    return pairs + [list_pair(random_) for _ in range(120)] + SMALL_TALK * 6
 
 
 def preferences(random_: random.Random, reserved: bool = False) -> list[dict]:

@@ -9,6 +9,7 @@ Everything is read with `weights_only=True`: a file can hold numbers, not code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from minimind.config import ModelConfig
+from minimind.config import ModelConfig, TrainConfig
 from minimind.errors import UserError
+from minimind.lora import add_lora, load_lora, merge_lora
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
@@ -88,7 +90,12 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
     Raises:
         UserError: missing, unexpected or wrong-shaped keys; the first of each are named.
     """
-    wanted = model.state_dict()
+    check_state(model.state_dict(), state, source)
+    model.load_state_dict(state)
+
+
+def check_state(wanted: dict[str, Tensor], state: dict[str, Tensor], source: object) -> None:
+    """UserError if a state dict differs in its names or shapes from the one that is wanted."""
     missing = sorted(wanted.keys() - state.keys())
     unexpected = sorted(state.keys() - wanted.keys())
     misshapen = [
@@ -110,15 +117,63 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: object) -> No
             f"{source} does not fit the model: weights {'; '.join(faults)}. Give the config that "
             "it was trained with (hidden_size, num_hidden_layers, …)."
         )
+
+
+def build(config: ModelConfig, state: dict[str, Tensor], source: object) -> MiniMind:
+    """Return a model of this config with these weights, in eval mode.
+
+    Either may come from a stranger: a config that asks for 10^12 parameters, a small file whose
+    tensors claim to be huge. So the two are compared first on PyTorch's "meta" device, where a
+    tensor is only its shape; memory is taken when all is known to fit.
+
+    Raises:
+        UserError: names, shapes or the tied embeddings do not fit.
+    """
+    check_tensors(state, source)
+    if config.tie_word_embeddings and "model.embed_tokens.weight" in state:  # one copy is enough
+        state = {"lm_head.weight": state["model.embed_tokens.weight"], **state}
+    blocks = config.num_hidden_layers * (config.num_experts if config.use_moe else 1)
+    if blocks > len(state):
+        raise UserError(
+            f"{source} does not fit the model: weights missing; the config asks for {blocks} blocks "
+            f"and the file has {len(state)} tensors."
+        )
+    try:
+        with torch.device("meta"):
+            check_state(MiniMind(config).state_dict(), state, source)
+    except (RuntimeError, OverflowError) as error:  # sizes beyond 2^63
+        raise UserError(
+            f"{source} does not fit the model: its config is absurd ({error})."
+        ) from error
+    head, embedding = state["lm_head.weight"], state["model.embed_tokens.weight"]
+    if config.tie_word_embeddings and not torch.equal(head, embedding):
+        raise UserError(f"{source}: the embeddings are tied in the config and differ in the file.")
+    model = MiniMind(config)
     model.load_state_dict(state)
+    return model.eval()
+
+
+def check_tensors(state: object, source: object) -> None:
+    """UserError unless `state` holds named, dense numbers, each really stored in the file."""
+    for name, tensor in state.items() if isinstance(state, dict) else [("it", state)]:
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if not plain or tensor.layout != torch.strided:
+            raise UserError(f"{source} is no weight: {name!r} is not a tensor of numbers.")
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise UserError(
+                f"{source}: {name} claims the shape {tuple(tensor.shape)} and stores less. Do not use it."
+            )
 
 
 def load_sidecar(path: Path) -> dict:
     """Return the json beside a weight. UserError if it is missing or damaged."""
     file = path.with_suffix(".json")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        sidecar = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(sidecar, dict) or not {"config", "tokenizer", "stages"} <= sidecar.keys():
+            raise ValueError("it has no config, tokenizer or stages")
+        return sidecar
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} needs its config and tokenizer in {file}, which cannot be read ({error}). "
             "Copy both files together."
@@ -149,6 +204,18 @@ def find_weight(weight: str, out_dir: str | Path = "out") -> Path:
     )
 
 
+def starting_weight(config: TrainConfig) -> Path:
+    """Return the file of `from_weight`: a path, or a name in out_dir. UserError if there is none."""
+    path = Path(config.from_weight)
+    if path.suffix != ".pth":
+        path = weight_path(config.out_dir, config.from_weight, config.hidden_size)
+        if not path.is_file():
+            raise UserError(
+                f"There is no weight {path} to start from. {how_to_make(config.from_weight, config.out_dir)}"
+            )
+    return find_weight(str(path))
+
+
 STAGE_OF_WEIGHT = {
     "pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo", "reason": "reason",
     "grpo": "grpo", "spo": "spo", "full_dist": "distill",
@@ -173,7 +240,41 @@ def load(weight: str, out_dir: str | Path = "out") -> tuple[MiniMind, Tokenizer]
         UserError: no such weight, a damaged file, or one that does not fit its config.
     """
     path = find_weight(str(weight), out_dir)
-    sidecar = load_sidecar(path)
-    model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
-    load_state(model, read_tensors(path), path)
+    model, sidecar = load_model(path)
     return model.eval(), Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+
+
+def load_model(path: Path) -> tuple[MiniMind, dict]:
+    """Return the model of a weight file and its sidecar; an adapter comes merged into its base."""
+    sidecar = load_sidecar(path)
+    if "lora" in sidecar:
+        return load_adapted(path, sidecar["lora"]), sidecar
+    return build(ModelConfig.from_dict(sidecar["config"], path), read_tensors(path), path), sidecar
+
+
+def load_adapted(path: Path, lora: dict) -> MiniMind:
+    """Return the base that an adapter names, with the adapter merged into it.
+
+    Raises:
+        UserError: the base is missing or is not the one that the adapter was trained on.
+    """
+    base = path.parent / lora["base_weight"]
+    if not base.is_file():
+        raise UserError(
+            f"{path} is an adapter; its base weight {base} is missing. "
+            f"{how_to_make(base.stem.rpartition('_')[0], base.parent)}"
+        )
+    if fingerprint(base) != lora["base_sha256"]:
+        raise UserError(
+            f"{path} was trained on another {base} than the one that is there now. Train the "
+            f"adapter again. {how_to_make(path.stem.rpartition('_')[0], path.parent)}"
+        )
+    model, _ = load_model(base)
+    add_lora(model, lora["r"], lora["alpha"], lora["target_modules"])
+    load_lora(model, read_tensors(path), path)
+    return merge_lora(model)
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -7,18 +7,33 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from minimind.bench import bench, bench_text
-from minimind.checkpoint import find_weight, load, load_sidecar
+from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
 from minimind.errors import UserError, bad_value
 from minimind.evaluate import MEASURES, samples
 from minimind.generate import chat
+from minimind.gguf import gguf_chat, open_gguf, write_gguf
+from minimind.interop import load, needed, stretch, trained_length, write_hf
+from minimind.model import MiniMind
+from minimind.scoring import (
+    bits_per_byte_of,
+    choice_logps,
+    perplexity_of,
+    read_questions,
+    read_text,
+    score_choices,
+    text_nats,
+)
+from minimind.tokenizer import Tokenizer
 from minimind.trainer import train_config
 
 Preset = Literal["tiny", "course", "full"]
@@ -33,15 +48,27 @@ class Course:
 
 
 @dataclass
-class Chat:
-    """Talk with a weight. An empty line ends the talk."""
+class Weight:
+    """Which weight, and how it is read."""
 
     weight: str = "full_sft"
-    """A weight's name, or the path of its .pth file."""
+    """A name, the path of a .pth (upstream MiniMind's too), a Hugging Face folder, or a .gguf (chat)."""
     preset: Preset = "course"
     """Whose folder to look in."""
     out_dir: str = ""
     """Another folder to look in."""
+    tokenizer_path: str = ""
+    """The tokenizer of an upstream weight, if it is not beside it."""
+    yarn_factor: float = 0.0
+    """Stretch the positions by YaRN for texts so many times as long as trained on."""
+    yarn_from: int = 0
+    """The length in tokens it was trained on, if the weight does not say."""
+
+
+@dataclass
+class Chat(Weight):
+    """Talk with a weight. An empty line ends the talk."""
+
     message: str = ""
     """Answer this one message and stop."""
     temperature: float = 0.0
@@ -51,12 +78,36 @@ class Chat:
 
 
 @dataclass
-class Eval:
-    """Print the held-out measures of a weight and sample answers."""
+class Eval(Weight):
+    """Print the held-out measures of a weight and sample answers, or its scores on a file of yours."""
 
-    weight: str = "full_sft"
-    preset: Preset = "course"
-    out_dir: str = ""
+    stage: str = ""
+    """Whose held-out measures; if empty, those of the weight's last stage."""
+    text_path: str = ""
+    """Any text file: its perplexity and bits per byte."""
+    length: int = 0
+    """Tokens of context for text_path; if 0, what the weight was trained on, or 512."""
+    choices_path: str = ""
+    """Multiple choice, JSON lines with "question", "choices" and "answer"."""
+    as_chat: bool = False
+    """Ask choices_path in the chat template, not as plain text."""
+
+
+@dataclass
+class Export(Weight):
+    """Write a weight as a folder for transformers and vLLM, or as a GGUF for llama.cpp and Ollama."""
+
+    gguf: bool = False
+    """One .gguf file instead of a folder."""
+    to: str = ""
+    """Where to; if empty, beside the weight."""
+
+
+@dataclass
+class Serve(Weight):
+    """Serve a weight to OpenAI's clients, on this machine only."""
+
+    port: int = 8000
 
 
 @dataclass
@@ -78,16 +129,38 @@ def run_course(args: Course) -> None:
     print(f"Written to {folder_of(args.preset, '')}/report.md, .json and .png")
 
 
+def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
+    """Load a weight, stretched by YaRN if that is asked for."""
+    folder = folder_of(args.preset, args.out_dir)
+    model, tokenizer = load(args.weight, folder, args.tokenizer_path)
+    if args.yarn_factor:
+        trained = args.yarn_from or trained_length(args.weight, folder)
+        if not trained:
+            raise UserError("The weight does not say how long its texts were. Give --yarn_from.")
+        model = stretch(model, args.yarn_factor, trained)
+    return model, tokenizer
+
+
+def talker(args: Chat) -> Callable[[list[dict]], str]:
+    """Return what answers a conversation: a model of ours, or llama.cpp."""
+    names = ("max_new_tokens", "temperature", "top_p")
+    sampling = {name: getattr(args, name) for name in names}
+    if args.weight.endswith(".gguf"):
+        if args.yarn_factor:
+            raise UserError("A GGUF carries its own scaling: export it with --yarn_factor.")
+        server = open_gguf(args.weight)
+        return lambda messages: gguf_chat(server, messages, **sampling)
+    model, tokenizer = open_weight(args)
+    return lambda messages: chat(model, tokenizer, messages, **sampling)
+
+
 def run_chat(args: Chat) -> None:
     """One answer, or a talk until an empty line; the talk so far is the prompt."""
-    model, tokenizer = load(args.weight, folder_of(args.preset, args.out_dir))
-    sampling = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
-    )
+    answer_to = talker(args)
     messages: list[dict] = []
     while text := args.message or _ask():
         messages.append({"role": "user", "content": text})
-        answer = chat(model, tokenizer, messages, **sampling)
+        answer = answer_to(messages)
         messages.append({"role": "assistant", "content": answer})
         print(answer if args.message else f"model> {answer}")
         if args.message:
@@ -102,12 +175,53 @@ def _ask() -> str:
 
 
 def run_eval(args: Eval) -> None:
-    """Measure with the measures of the last stage that the weight has been through."""
-    path = find_weight(args.weight, folder_of(args.preset, args.out_dir))
-    model, tokenizer = load(str(path))
-    stage = load_sidecar(path)["stages"][-1]["stage"]
+    """Score a file of the user's, or measure on held-out data."""
+    model, tokenizer = open_weight(args)
+    print(f"{args.weight}: {model.num_parameters:,} parameters")
+    if args.text_path:
+        score_text(args, model, tokenizer)
+    if args.choices_path:
+        score_questions(args, model, tokenizer)
+    if not args.text_path and not args.choices_path:
+        held_out(args, model, tokenizer)
+
+
+def score_text(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
+    """Print perplexity and bits per byte of a text, and the loss beyond the trained length."""
+    text = read_text(args.text_path)
+    trained = args.yarn_from or trained_length(args.weight, folder_of(args.preset, args.out_dir))
+    length = args.length or int((trained or 512) * max(1, args.yarn_factor))
+    nats = text_nats(model, tokenizer, text, length)
+    bytes_, tokens = len(text.encode()), int((~nats.isnan()).sum())
+    print(f"\n{args.text_path}: {bytes_:,} bytes, {tokens:,} tokens in windows of {length}")
+    print(f"perplexity per token   {perplexity_of(nats):9.3f}   (depends on the tokenizer)")
+    print(f"bits per byte          {bits_per_byte_of(nats, text):9.3f}   (does not)")
+    if 0 < trained < length:
+        near, far = float(nats[:, :trained].nanmean()), float(nats[:, trained:].nanmean())
+        where = f"in the first {trained} of a window, {far:.3f} beyond"
+        print(f"loss per token         {near:9.3f}   {where}")
+
+
+def score_questions(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
+    """Print the share of right choices with its chance level and interval."""
+    questions = read_questions(args.choices_path)
+    logps = choice_logps(model, tokenizer, questions, args.as_chat)
+    how = "as chat" if args.as_chat else "as plain text"
+    print(f"\n{args.choices_path}: {len(questions)} questions {how}")
+    for name in ("log-likelihood", "log-likelihood per byte"):
+        score = score_choices(questions, logps, per_byte=name.endswith("byte"))
+        low, high = score.interval
+        verdict = f"95%: {low:.3f} to {high:.3f}, chance {score.chance:.3f}: {score.verdict}"
+        print(f"{name:23}   {score.share:.3f}   ({verdict})")
+
+
+def held_out(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
+    """Print the measures of a stage, by default the last that the weight has been through."""
+    stage = args.stage or last_stage(args.weight, folder_of(args.preset, args.out_dir))
+    if stage not in MEASURES:
+        raise bad_value("stage", stage, MEASURES)
     measures, found = MEASURES[stage](model, tokenizer)
-    print(f"{path}: {model.num_parameters:,} parameters, last stage {stage}\n")
+    print(f"measures of the stage {stage}\n")
     for name, measure in measures.items():
         print(
             f"{name:28} {measure.value:6.3f}   ({measure.held_out_examples} held-out, {measure.better} is better)"
@@ -119,18 +233,49 @@ def run_eval(args: Eval) -> None:
         )
 
 
+def last_stage(weight: str, folder: str) -> str:
+    """Return the last stage in a weight's sidecar; "sft" for a weight from elsewhere."""
+    try:
+        return load_sidecar(find_weight(weight, folder))["stages"][-1]["stage"]
+    except (UserError, LookupError):
+        return "sft"
+
+
+def run_export(args: Export) -> None:
+    """Write beside the weight, under its own file name, unless told where to."""
+    model, tokenizer = open_weight(args)
+    place = Path(args.weight).resolve()
+    if not place.exists():
+        place = find_weight(args.weight, folder_of(args.preset, args.out_dir))
+    write, end = (write_gguf, ".gguf") if args.gguf else (write_hf, "_hf")
+    name = place.name.removesuffix(".pth") + end
+    print(f"Written: {write(model, tokenizer, args.to or place.with_name(name))}")
+
+
+def run_serve(args: Serve) -> None:
+    """Serve under the weight's name."""
+    needed("fastapi", "serve")
+    needed("uvicorn", "serve")
+    from minimind.serve import serve
+
+    serve(*open_weight(args), Path(args.weight).resolve().stem, args.port)
+
+
 def run_bench(args: Bench) -> None:
     """Measure and print."""
     print(bench_text(args, bench(args, args.vocab_size)))
 
 
-COMMANDS = {"course": (Course, run_course), "chat": (Chat, run_chat), "eval": (Eval, run_eval)}
+COMMANDS = {
+    "course": (Course, run_course), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
+    "export": (Export, run_export), "serve": (Serve, run_serve),
+}  # fmt: skip
 USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help lists the flags)
 
 train one stage    {" ".join(CONFIGS)}
                    --preset tiny | course | full (default) and the flags of the guide
 everything         course
-use a weight       chat  eval
+use a weight       chat  eval  serve  export
 measure speed      bench"""
 
 

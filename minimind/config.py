@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 from minimind.errors import UserError, bad_value
 
@@ -30,7 +32,8 @@ class ModelConfig:
         intermediate_size: width of the feed-forward; default 8/3 of hidden, rounded up to 64.
         rope_scaling: `{"rope_type": "yarn", "factor": 4.0,
             "original_max_position_embeddings": 2048}` stretches RoPE to longer texts
-            (YaRN, arXiv 2309.00071); None leaves it as trained.
+            (YaRN, arXiv 2309.00071); None leaves it as trained. Also `attention_factor` (default
+            0.1 ln(factor) + 1), `beta_fast` and `beta_slow`.
         router_aux_loss_coef: weight of the load-balancing loss of a mixture of experts.
     """
 
@@ -69,6 +72,19 @@ class ModelConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} must be between 1 and "
                 f"num_experts={self.num_experts}."
             )
+        self._check_scaling(self.rope_scaling)
+
+    def _check_scaling(self, scaling: dict | None) -> None:
+        numbers = {k: v for k, v in (scaling or {}).items() if k != "rope_type"}
+        good = all(_is_number(value) and value > 0 for value in numbers.values())
+        if scaling and not (
+            scaling.get("rope_type") == "yarn" and good and numbers.keys() <= YARN
+            and numbers.get("factor", 0) >= 1 and "original_max_position_embeddings" in numbers
+        ):  # fmt: skip
+            raise UserError(
+                f"rope_scaling={scaling} is not understood: rope_type 'yarn', factor (at least 1) and "
+                f"original_max_position_embeddings; beside them only {', '.join(sorted(YARN))}."
+            )
 
     def _must_divide(self, whole: str, part: str) -> None:
         a, b = getattr(self, whole), getattr(self, part)
@@ -76,17 +92,39 @@ class ModelConfig:
             raise UserError(f"{whole}={a} is not a multiple of {part}={b}. Change one of the two.")
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """Build a config from a sidecar's dict; an unknown key is an error with near misses."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise bad_value("model setting", key, known)
+    def from_dict(cls, values: dict, source: object = "the config") -> ModelConfig:
+        """Build a config from a file's dict; an unknown key is an error with near misses."""
+        kinds = {field.name: field.type.split(" | ") for field in fields(cls)}
+        for key, value in values.items():
+            if key not in kinds:
+                raise bad_value("model setting", key, kinds)
+            kind, *optional = kinds[key]
+            if not _IS_A[kind](value) and not (value is None and optional):
+                raise UserError(f"{source}: {key}={value!r} is not {_WANTED[kind]}.")
         return cls(**values)
 
     def to_dict(self) -> dict:
         """Return the settings as a dict that JSON can hold."""
         return asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+_IS_A = {
+    "int": lambda value: _is_number(value) and isinstance(value, int) and 1 <= value < 2**31,
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "dict": lambda value: isinstance(value, dict),
+}
+_WANTED = {
+    "int": "a whole number from 1 to 2^31",
+    "float": "a number",
+    "bool": "true or false",
+    "dict": "an object",
+}
+YARN = {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
 
 
 @dataclass
@@ -172,6 +210,7 @@ class TrainConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
+NORMALIZERS = ("tokens", "weights")
 
 
 @dataclass
@@ -197,7 +236,14 @@ class SFTConfig(TrainConfig):
 
 @dataclass
 class LoRAConfig(TrainConfig):
-    """Low-rank adapters on a frozen model, trained like SFT."""
+    """Low-rank adapters on a frozen model, trained like SFT.
+
+    Attributes:
+        lora_r: rank of each update.
+        lora_alpha: strength; the update is scaled by lora_alpha / lora_r.
+        target_modules: projections that get one, among q_proj k_proj v_proj o_proj gate_proj
+            up_proj down_proj.
+    """
 
     data_path: str = "dataset/lora_identity.jsonl"
     from_weight: str = "full_sft"
@@ -211,7 +257,13 @@ class LoRAConfig(TrainConfig):
 
 @dataclass
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation. `sft_coef` adds so much of the SFT loss on the chosen answer."""
+    """Direct preference optimisation.
+
+    Attributes:
+        batch_size: pairs, not answers.
+        beta: how closely the model keeps to its reference, the weights it started from.
+        sft_coef: adds so much of the SFT loss on the chosen answers (arXiv 2404.19733).
+    """
 
     data_path: str = "dataset/dpo.jsonl"
     from_weight: str = "full_sft"
@@ -222,10 +274,22 @@ class DPOConfig(TrainConfig):
     beta: float = 0.1
     sft_coef: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.beta > 0:
+            raise UserError(f"beta={self.beta} must be above 0; 0.1 is usual, 0.01 moves further.")
+        if not self.sft_coef >= 0:
+            raise UserError(f"sft_coef={self.sft_coef} must be 0 (DPO alone) or above.")
+
 
 @dataclass
 class ReasonConfig(TrainConfig):
-    """Reasoning distillation: SFT with more weight on the four tags."""
+    """Reasoning distillation: SFT with more weight on the four tags.
+
+    Attributes:
+        tag_weight: weight of each tag in the loss; every other token has 1.
+        normalizer: what the weighted sum is divided by: "tokens" or "weights".
+    """
 
     data_path: str = "dataset/r1_mix_1024.jsonl"
     from_weight: str = "dpo"
@@ -235,6 +299,15 @@ class ReasonConfig(TrainConfig):
     max_seq_len: int = 720
     tag_weight: float = 10.0
     normalizer: str = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tag_weight < float("inf"):
+            raise UserError(
+                f"tag_weight={self.tag_weight} must be a number above 0; 1 is plain SFT."
+            )
+        if self.normalizer not in NORMALIZERS:
+            raise bad_value("normalizer", self.normalizer, NORMALIZERS)
 
 
 @dataclass
@@ -269,7 +342,19 @@ class GRPOConfig(TrainConfig):
 
 @dataclass
 class SPOConfig(TrainConfig):
-    """Single-stream policy optimisation. `max_seq_len` limits the prompt."""
+    """Single-stream policy optimisation. `max_seq_len` limits the prompt.
+
+    One step samples one answer to each of `batch_size` x `accumulation_steps` problems. They are
+    drawn by how open their outcome is, so `epochs` counts how many, not passes over the data.
+
+    Attributes:
+        max_new_tokens: an answer that has not ended by then is cut and counted as truncated.
+        beta: weight of the distance (KL) to the weights that the run started from.
+        priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
+            is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
+        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reward_model_path: folder of a learned reward model, for problems without an "answer".
+    """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
     from_weight: str = "reason"
@@ -280,25 +365,56 @@ class SPOConfig(TrainConfig):
     max_seq_len: int = 66
     max_new_tokens: int = 1536
     beta: float = 0.02
+    priority_epsilon: float = 0.05
     reasoning: int = 1
     reward_model_path: str = ""
 
 
 @dataclass
 class DistillConfig(TrainConfig):
-    """Knowledge distillation: a small student learns the distribution of a larger teacher."""
+    """Knowledge distillation: a small student learns the distribution of a larger teacher.
+
+    The model that is trained is the student, so `hidden_size` and `num_hidden_layers` are read
+    off it and are no settings here.
+
+    Attributes:
+        alpha: weight of the text's cross-entropy; 1 - alpha is the teacher's. 1: no teacher.
+        temperature: softens both distributions of the teacher's term.
+        teacher_weight: a weight's name in out_dir, or a path. An absent `pretrain` or `full_sft`
+            is trained first, with the settings of `teacher_preset` and the teacher's shape.
+    """
 
     data_path: str = "dataset/sft_mini_512.jsonl"
     save_weight: str = "full_dist"
     epochs: float = 6
     learning_rate: float = 5e-6
+    hidden_size: ClassVar[property] = property(lambda self: self.student_hidden_size)
+    num_hidden_layers: ClassVar[property] = property(lambda self: self.student_num_layers)
     alpha: float = 0.5
     temperature: float = 1.5
     teacher_weight: str = "full_sft"
+    teacher_preset: str = "full"
     teacher_hidden_size: int = 768
     teacher_num_layers: int = 16
     student_hidden_size: int = 512
     student_num_layers: int = 8
+    student_from_teacher: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(
+                f"alpha={self.alpha} must be from 0 (the teacher alone) to 1 (the text alone)."
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be above 0 and finite.")
+        if self.student_from_teacher and self.from_weight != "none":
+            raise UserError(
+                f"The student cannot start from its teacher and from from_weight={self.from_weight!r}. "
+                "Give one of the two."
+            )
+        if self.teacher_preset not in PRESETS:
+            raise bad_value("teacher_preset", self.teacher_preset, PRESETS)
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
@@ -308,37 +424,44 @@ CONFIGS: dict[str, type[TrainConfig]] = {
 
 # What `course` and `tiny` change for every stage, then for each stage.
 _SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
-_COURSE = dict(
-    _SMALL_MODEL, out_dir="out/course", hidden_size=128, num_hidden_layers=4, adam_beta2=0.99,
-    batch_size=24, max_seq_len=128, warmup_steps=30, weight_decay=0.1,
+_COURSE_RUN = dict(
+    _SMALL_MODEL, out_dir="out/course", adam_beta2=0.99, batch_size=24, max_seq_len=128,
+    warmup_steps=30, weight_decay=0.1,
 )  # fmt: skip
-_TINY = dict(
-    _SMALL_MODEL, out_dir="out/tiny", hidden_size=64, num_hidden_layers=2, batch_size=8,
-    max_seq_len=128, warmup_steps=5, log_interval=2, save_interval=20, dtype="float32",
+_COURSE = dict(_COURSE_RUN, hidden_size=128, num_hidden_layers=4)
+_TINY_RUN = dict(
+    _SMALL_MODEL, out_dir="out/tiny", batch_size=8, max_seq_len=128, warmup_steps=5,
+    log_interval=2, save_interval=20, dtype="float32",
 )  # fmt: skip
+_TINY = dict(_TINY_RUN, hidden_size=64, num_hidden_layers=2)
+_FEED_FORWARD = dict(lora_r=4, lora_alpha=8, target_modules=("gate_proj", "up_proj", "down_proj"))
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
         "pretrain": dict(
-            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=3.2
+            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(_COURSE, learning_rate=3e-3, epochs=3, batch_size=32),
-        "dpo": dict(_COURSE, learning_rate=1.2e-4, epochs=1, batch_size=16, sft_coef=0.2),
-        "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
+        "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
+        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
+        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1.05, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(
             _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
         ),
         "distill": dict(
-            _COURSE,
+            _COURSE_RUN,
+            teacher_preset="course",
             learning_rate=1e-3,
-            epochs=6,
+            epochs=15,
             batch_size=32,
+            alpha=0.2,
+            temperature=4.0,
             teacher_hidden_size=128,
             teacher_num_layers=4,
-            student_hidden_size=96,
+            student_hidden_size=128,
             student_num_layers=3,
+            student_from_teacher=1,
         ),
     },
     "tiny": {
@@ -346,8 +469,8 @@ PRESETS: dict[str, dict[str, dict]] = {
             _TINY, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=0.02
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
-        "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
-        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2),
+        "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
+        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(
             _TINY,
@@ -366,13 +489,15 @@ PRESETS: dict[str, dict[str, dict]] = {
             max_new_tokens=16,
         ),
         "distill": dict(
-            _TINY,
+            _TINY_RUN,
+            teacher_preset="tiny",
             learning_rate=1e-3,
             epochs=0.2,
             teacher_hidden_size=64,
             teacher_num_layers=2,
-            student_hidden_size=48,
-            student_num_layers=2,
+            student_hidden_size=64,
+            student_num_layers=1,
+            student_from_teacher=1,
         ),
     },
 }

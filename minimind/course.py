@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from minimind.baselines import nearest_answers, text_baselines
-from minimind.checkpoint import find_weight, load, write_atomically
+from minimind.checkpoint import find_weight, load, load_sidecar, write_atomically
 from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
@@ -21,18 +23,28 @@ from minimind.evaluate import (
     HARD_FROM,
     MEASURES,
     Answer,
+    Measure,
+    answers,
+    by_kind,
+    heldout_pair_logps,
     heldout_problems,
     kl_per_token,
+    measure_distill,
     most_common_answer,
+    preference_rows,
+    reasoning_measures,
     samples,
+    share_right,
 )
 from minimind.generate import chat
 from minimind.model import MiniMind
-from minimind.stages import STAGES
+from minimind.rewards import answer_of
+from minimind.stages.dpo import SIDES, as_messages
+from minimind.stages.reason import check_reasoning
 from minimind.tokenizer import Tokenizer
-from minimind.trainer import starting_point, train
+from minimind.trainer import TrainResult, starting_point, train
 
-STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in STAGES)
+STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in MEASURES)
 QUESTIONS = ("Hello!", "What is 17+8?")
 LIMIT_OF_TINY = (
     24  # held-out examples per measure in the tiny preset, which only proves that it runs
@@ -122,21 +134,100 @@ def pretrain_baselines(
 
 def sft_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict) -> None:
     """The answer to the most similar training question: what a lookup table would say."""
+    looked_up = look_up("sft", found, tokenizer)
+    for name, measure in measures.items():
+        kind = name.removeprefix("exact_match").lstrip("_")
+        right = [a.right for a in looked_up if kind in ("", a.kind)]
+        measure["baseline"] = sum(right) / len(right)
+
+
+def look_up(stage: str, found: Sequence[Answer], tokenizer: Tokenizer) -> list[Answer]:
+    """Answer the questions of `found` with the answer to the most similar one in a stage's data."""
     pairs = [
         (question["content"], answer["content"])
-        for row in read_jsonl(data_samples("sft.jsonl"), check_conversation)
+        for row in read_jsonl(data_samples(f"{stage}.jsonl"), check_conversation)
         for question, answer in zip(row["conversations"], row["conversations"][1:], strict=False)
         if answer["role"] == "assistant"
     ]
-    looked_up = nearest_answers(pairs, [answer.question for answer in found], tokenizer)
+    guesses = nearest_answers(pairs, [answer.question for answer in found], tokenizer)
+    return [replace(a, answer=guess) for a, guess in zip(found, guesses, strict=True)]
+
+
+def lora_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """Persona: what a lookup table would say (it always signs). SFT's match: what it was before.
+
+    Adds `weights_trained`, the share of the model's numbers that were trained; SFT trains all.
+    """
+    measures["persona"]["baseline"] = share_right(look_up("lora", found, tokenizer))
+    measures["persona_signed"]["baseline"] = 1.0
+    measures["sft_exact_match"]["baseline"] = measures["sft_exact_match"]["before"]
+    share = load_sidecar(find_weight("lora", run["out_dir"]))["lora"]["trained_share"]
+    measures["weights_trained"] = {
+        "value": share, "before": 1.0, "after": share, "baseline": 1.0, "better": "lower",
+        "held_out_examples": len(found),
+    }  # fmt: skip
+
+
+def distill_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The same student without a teacher: cross-entropy alone, the same start and steps.
+
+    What it is before its first step (the teacher with layers left out) is "before".
+    """
+    limit = LIMIT_OF_TINY if run["preset"] == "tiny" else None
+    start: dict[str, Measure] = {}
+
+    def first(step: int, model: MiniMind) -> None:
+        if step == 0:
+            start.update(measure_distill(model, tokenizer, limit)[0])
+            model.train()
+
+    alone = train("distill", alpha=1.0, save_weight="full_dist_alone", callback=first, **run)
+    end, _ = measure_distill(alone.model, tokenizer, limit)
     for name, measure in measures.items():
-        kind = name.removeprefix("exact_match").lstrip("_")
-        right = [
-            guess == a.expected
-            for guess, a in zip(looked_up, found, strict=True)
-            if kind in ("", a.kind)
-        ]
-        measure["baseline"] = sum(right) / len(right)
+        measure.update(before=start[name].value, baseline=end[name].value)
+
+
+def dpo_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict) -> None:
+    """Preferences: a rule that only looks at length. The others: what they were before.
+
+    Adds the measures that need the reference: `preference_accuracy`, the share of held-out pairs
+    with a margin above 0 (before: `prefers_chosen`, since a margin against oneself is 0), and
+    `kl_to_reference` in nats per sampled answer, whose baseline is the cheapest that there is: the
+    reference, given that it speaks in the preferred manner, is ln(1/p) away.
+    """
+    rows = preference_rows(len(found))
+    spoken = [{"prompt": a.question, "chosen": a.answer, "rejected": ""} for a in found]
+    policy, reference = (load(weight, run["out_dir"])[0] for weight in ("dpo", "full_sft"))
+    (chosen, rejected), (sampled, _) = (
+        (heldout_pair_logps(policy, tokenizer, some) - heldout_pair_logps(reference, tokenizer, some)).T
+        for some in (rows, spoken)
+    )  # fmt: skip
+    accuracy, n = float((chosen > rejected).float().mean()), len(rows)
+    measures["preference_accuracy"] = {
+        **measures["prefers_chosen"], "value": accuracy, "after": accuracy,
+    }  # fmt: skip
+    kl, before = float(sampled.mean()), measures["preferred_manner"]["before"]
+    measures["kl_to_reference"] = {
+        "value": kl, "before": 0.0, "after": kl, "better": "lower", "held_out_examples": n,
+    }  # fmt: skip
+    for measure in measures.values():
+        measure["baseline"] = measure["before"]
+    measures["kl_to_reference"]["baseline"] = -math.log(max(before, 1 / n))
+    for name in ("prefers_chosen", "preference_accuracy"):
+        measures[name]["baseline"] = by_length(rows, tokenizer)
+
+
+def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
+    """Return the share of pairs that "the shorter is better", or its opposite, gets right."""
+    sizes = [[len(tokenizer.encode(as_messages(row, side)[-1]["content"])) for side in SIDES]
+             for row in rows]  # fmt: skip
+    shorter = sum(chosen < rejected for chosen, rejected in sizes) / len(rows)
+    longer = sum(chosen > rejected for chosen, rejected in sizes) / len(rows)
+    return max(shorter, longer)
 
 
 def rl_baselines(
@@ -158,12 +249,66 @@ def rl_baselines(
                                  "better": "lower", "held_out_examples": len(rows)}  # fmt: skip
 
 
+def reason_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The same start trained as long to answer at once; beside it, the commonest number always said."""
+    direct = train_direct(**run).model
+    rows = [question_and_answer(answer.question, answer.expected, answer.kind) for answer in found]
+    guesses = [replace(a, answer=most_common_number(group)) for group in by_kind(found).values()
+               for a in group]  # fmt: skip
+    baselines = {
+        "direct": reasoning_measures(answers(direct, tokenizer, rows), tokenizer),
+        "constant": reasoning_measures(guesses, tokenizer),
+    }
+    for name, measure in measures.items():
+        measure["baselines"] = {who: scores[name].value for who, scores in baselines.items()}
+        measure["baseline"] = measure["baselines"]["direct"]
+
+
+def question_and_answer(question: str, answer: str, kind: str) -> dict:
+    """Return a chat row of one turn."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"conversations": messages, "kind": kind}
+
+
+def most_common_number(found: Sequence[Answer]) -> str:
+    """Return the answer that is right most often, in its tags."""
+    number = Counter(answer_of(answer.expected) for answer in found).most_common(1)[0][0]
+    return f"<answer>{number}</answer>"
+
+
+DIRECT_LEARNING_RATE = 1e-3
+
+
+def train_direct(preset: str, seed: int = 42, out_dir: str | None = None) -> TrainResult:
+    """Train the start of `reason` on its problems without their thoughts, for as many steps."""
+    config = stage_config("reason", preset, seed=seed, **({"out_dir": out_dir} if out_dir else {}))
+    rows = read_jsonl(config.data_path, check_reasoning)
+    for row in rows:
+        message = row["conversations"][-1]
+        message["content"] = f"<answer>{answer_of(message['content'])}</answer>"
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path = Path(config.out_dir) / "reason_direct.jsonl"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return train(
+        "sft", preset, seed=seed, out_dir=config.out_dir, data_path=str(path), eval_data_path="",
+        from_weight=config.from_weight, save_weight="reason_direct", epochs=config.epochs,
+        batch_size=config.batch_size, learning_rate=DIRECT_LEARNING_RATE,
+    )  # fmt: skip
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {
-    "pretrain": pretrain_baselines,
-    "sft": sft_baselines,
-    "grpo": partial(rl_baselines, "grpo"),
-}
+    "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
+    "distill": distill_baselines,
+    "dpo": dpo_baselines,
+    "grpo": partial(rl_baselines, "grpo"), "spo": partial(rl_baselines, "spo"),
+    "reason": reason_baselines,
+}  # fmt: skip
 
 
 def sample_chat(out_dir: str) -> list[dict]:

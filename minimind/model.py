@@ -46,7 +46,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     slowed down by `factor`; fast ones stay; a ramp joins the two.
     """
     size, theta = config.head_dim, config.rope_theta
-    frequencies = theta ** -(torch.arange(0, size, 2).float() / size)
+    frequencies = 1 / theta ** (torch.arange(0, size, 2).float() / size)
     scaling = config.rope_scaling
     if not scaling:
         return frequencies, 1.0
@@ -59,7 +59,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     low = max(math.floor(pair_that_turns(scaling.get("beta_fast", 32))), 0)
     high = min(math.ceil(pair_that_turns(scaling.get("beta_slow", 1))), size - 1)
     ramp = ((torch.arange(size // 2).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return frequencies * (1 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1
+    scale = scaling.get("attention_factor", 0.1 * math.log(factor) + 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, scale
 
 
 def rotary_embedding(
@@ -81,30 +82,55 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of everything seen so far, in memory allocated once.
 
-    `keys` and `values` are (layers, B, K, capacity, D); `length` positions are filled.
+    `keys` and `values` are (layers, B, K, capacity, D); `length` positions are filled. With
+    `place` (a tensor with the next position) the shapes of all steps are the same, as compiled code
+    wants it: the whole capacity is returned, and a mask must hide what is not filled.
     """
 
+    place: Tensor | None = None
+
     def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            config.num_key_value_heads,
-            capacity,
-            config.head_dim,
-        )
-        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        c = config
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, capacity, c.head_dim)
+        device, dtype = like.device.type, like.dtype
+        if device != "cpu" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what autocast's keys and values are
+        self.keys, self.values = like.new_zeros(2, *shape, dtype=dtype)
         self.length = 0
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new keys and values (B, K, T, D); return all S of them (B, K, S, D)."""
+        if self.place is not None:
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(2, self.place, key.to(keys.dtype))
+            values.index_copy_(2, self.place, value.to(values.dtype))
+            return keys, values
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Forget all rows of the batch but `rows` (indices)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def repeat_rows(self, copies: int) -> None:
+        """Put `copies` of every row of the batch in its place."""
+        self.keys = self.keys.repeat_interleave(copies, dim=1)
+        self.values = self.values.repeat_interleave(copies, dim=1)
+
+    def drop_rows(self, gone: Tensor) -> Tensor:
+        """Forget the rows `gone` (indices); rows from the end move into their places.
+
+        So no row but those is copied. Returns which old row stands in each place now.
+        """
+        B = self.keys.shape[1]
+        left = B - len(gone)
+        stays = torch.ones(B, dtype=torch.bool, device=gone.device).index_fill_(0, gone, False)
+        holes = gone[gone < left]
+        movers = left + stays[left:].nonzero()[:, 0]
+        for store in (self.keys, self.values):
+            store[:, holes, :, : self.length] = store[:, movers, :, : self.length]
+        self.keys, self.values = self.keys[:, :left], self.values[:, :left]
+        order = torch.arange(left, device=gone.device)
+        order[holes] = movers
+        return order
 
 
 class Attention(nn.Module):
@@ -144,17 +170,30 @@ class Attention(nn.Module):
         k = apply_rotary(k.transpose(1, 2), *rotary)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, K, S, D)
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        dtype = q.dtype
-        if q.device.type == "cpu":  # the CPU kernel's backward is many times slower in bfloat16
-            q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast(q.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-            ).to(dtype)  # fmt: skip
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.o_proj(y)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """softmax(q·kᵀ/√D + mask)·v, query heads in groups that share a key head: (B, T, H·D).
+
+    Args:
+        q: (B, H, T, D); k, v: (B, K, S, D).
+        mask: (B or 1, 1, T, S), True = may look; None: causal, or all of S if T is 1.
+    """
+    (B, H, T, D), K, dtype = q.shape, k.shape[1], v.dtype
+    if T == 1:  # the heads of a group take the place of T: no key is copied
+        q = q.reshape(B, K, H // K, D)
+    else:
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+    # The CPU kernel's backward is many times slower in bfloat16.
+    wanted = torch.float32 if q.device.type == "cpu" else dtype
+    q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
+    with torch.autocast(q.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=dropout
+        ).to(dtype)
+    return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
 
 class FeedForward(nn.Module):

@@ -66,6 +66,15 @@ REWARDS: dict[str, Callable[[Row, str], float]] = {
     "repetition": lambda row, text: repetition_reward(text),
 }
 
+SPANS = {
+    "exact": (0, 1),
+    "format": (0, 0.5),
+    "tags": (0, 1),
+    "length": (-1, 0),
+    "repetition": (-1, 0),
+}
+SPAN_OF_A_MODEL = (-3, 3)  # scores of a learned reward model are clipped to it
+
 
 class Rewards:
     """Several rewards, added up with weights: `Rewards([("exact", 1.0), ("format", 0.5)])`.
@@ -95,6 +104,12 @@ class Rewards:
         for name, _, weight in self.parts:
             total += weight * found[name]
         return total, found
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The lowest and the highest total that are possible."""
+        ends = [[w * end for end in SPANS.get(name, SPAN_OF_A_MODEL)] for name, _, w in self.parts]
+        return sum(map(min, ends)), sum(map(max, ends))
 
 
 def _for_all(reward: Callable[[Row, str], float]) -> Reward:

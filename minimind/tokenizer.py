@@ -92,8 +92,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Read the content of a `tokenizer.json`, as `to_json` gave it."""
-        return cls(BPE.from_str(text))
+        """Read the content of a `tokenizer.json`, as `to_json` gave it. UserError if it is none."""
+        try:
+            return cls(BPE.from_str(text))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"The tokenizer cannot be read ({error}). Make it again.") from error
 
     def to_json(self) -> str:
         """Return the content of a `tokenizer.json`."""
@@ -107,6 +110,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, added tokens included."""
         return self._bpe.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, and its id."""
+        return self._bpe.get_vocab(with_added_tokens=True)
 
     @property
     def tag_ids(self) -> dict[str, int]:

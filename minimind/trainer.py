@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from minimind.checkpoint import (
-    find_weight,
-    how_to_make,
-    load_sidecar,
+    load_model,
     load_state,
     read_tensors,
     save_weight,
+    starting_weight,
     weight_path,
     write_atomically,
 )
@@ -34,7 +33,7 @@ from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.model import MiniMind
 from minimind.precision import autocast
-from minimind.stages import STAGES
+from minimind.stages import NEEDS, STAGES
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, start_trackers
@@ -84,6 +83,11 @@ def train(
 
 def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     """Train one stage from a complete config; `train` is this with a preset."""
+    for needed, settings in NEEDS[stage](config) if stage in NEEDS else []:
+        print(
+            f"{stage} needs {settings.save_weight}_{settings.hidden_size} first: {needed} starts."
+        )
+        train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     model, tokenizer, lineage = starting_point(config)
@@ -297,19 +301,10 @@ def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]
     if config.from_weight == "none":
         tokenizer = Tokenizer.load(config.tokenizer_path)
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
-    path = Path(config.from_weight)
-    if path.suffix != ".pth":
-        path = weight_path(config.out_dir, config.from_weight, config.hidden_size)
-        if not path.is_file():
-            raise UserError(
-                f"There is no weight {path} to start from. {how_to_make(config.from_weight, config.out_dir)}"
-            )
-    path = find_weight(str(path))
-    sidecar = load_sidecar(path)
+    path = starting_weight(config)
+    model, sidecar = load_model(path)
     tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
-    model = MiniMind(ModelConfig.from_dict(sidecar["config"]))
     check_shape(model.config, config, path)
-    load_state(model, read_tensors(path), path)
     return model, tokenizer, sidecar["stages"]
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from minimind import UserError
-from minimind.course import course, load_or_train
+from minimind.course import STAGES_IN_ORDER, course, load_or_train
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def report(folder):
 
 def test_the_report_has_every_field(report, folder):
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert [stage["stage"] for stage in report["stages"]] == ["pretrain", "sft"]
+    assert [stage["stage"] for stage in report["stages"]] == list(STAGES_IN_ORDER)
     for stage in report["stages"]:
         assert stage["seconds"] > 0 and stage["samples"] and stage["measures"]
         for measure in stage["measures"].values():

@@ -19,7 +19,10 @@ import checks  # noqa: E402
 
 from minimind import MiniMind, ModelConfig  # noqa: E402
 from minimind.data import pack, useful_share  # noqa: E402
+from minimind.lora import adapters, add_lora, lora_state, merge_lora  # noqa: E402
 from minimind.model import MoE, RMSNorm, apply_rotary, positions_and_mask, rotary_embedding  # noqa: E402
+from minimind.stages import reason  # noqa: E402
+from minimind.stages.dpo import dpo_loss, sequence_logps  # noqa: E402
 from minimind.stages.pretrain import next_token_loss  # noqa: E402
 from minimind.stages.sft import chat_labels  # noqa: E402
 from minimind.trainer import learning_rate  # noqa: E402
@@ -207,6 +210,10 @@ def mixture_by_softmax_of_chosen(x, router, experts, k):
         ("next_token_loss", next_token_loss),
         ("schedule", learning_rate),
         ("chat_labels", chat_labels),
+        ("sequence_logps", sequence_logps),
+        ("dpo_loss", lambda *arguments: dpo_loss(*arguments)[0]),
+        ("weighted_token_loss", reason.weighted_token_loss),
+        ("tag_weights", lambda ids, *rest: reason.tag_weights(*rest)),
     ],
 )
 def test_another_right_answer_passes(name, function):
@@ -243,6 +250,23 @@ def test_mixture_is_the_packages():
     experts = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in moe.experts]
     mine = checks.find("mixture").solution(x, moe.gate.weight, experts, 2)
     assert torch.allclose(mine, moe(x), atol=1e-6)
+
+
+def test_lora_exercises_are_the_packages():
+    model = add_lora(MiniMind(ModelConfig(vocab_size=20, hidden_size=16, num_attention_heads=2,
+                                          num_key_value_heads=1, num_hidden_layers=2)), 3, 5.0, ["v_proj"])  # fmt: skip
+    state, adapter = model.state_dict(), lora_state(model)
+    for name in adapter:
+        adapter[name].normal_()
+    _, first = next(adapters(model))
+    x = torch.randn(2, 4, 16)
+    forward, merge = (checks.find(n).solution for n in ("lora_forward", "merge_adapter"))
+    mine = forward(x, first.weight, first.lora_A.weight, first.lora_B.weight, 5.0)
+    assert torch.allclose(mine, first(x), atol=1e-5)
+    merged = merge({n: t for n, t in state.items() if n not in adapter}, adapter, 5 / 3)
+    right = merge_lora(model).state_dict()
+    assert merged.keys() == right.keys()
+    assert all(torch.allclose(merged[name], right[name], atol=1e-5) for name in right)
 
 
 def test_mask_and_positions_are_the_packages():

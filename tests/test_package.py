@@ -45,9 +45,9 @@ def test_importing_minimind_is_quick():
     assert min(times) < 0.3
 
 
-ORDER = ["errors", "config", "tokenizer", "model", "data", "generate", "checkpoint", "rewards", "lora", "stages.task",
+ORDER = ["errors", "config", "precision", "tokenizer", "model", "data", "lora", "reader", "generate", "checkpoint", "rewards", "stages.task",
          "stages.common", "stages.pretrain", "stages.sft", "stages.lora", "stages.dpo", "stages.reason", "stages.reward",
-         "stages.rl", "stages.grpo", "stages.spo", "stages.distill", "stages", "tracking", "trainer", "bench", "evaluate", "baselines", "course", "interop", "gguf", "serve",
+         "stages.rl", "stages.grpo", "stages.spo", "stages.distill", "stages", "tracking", "trainer", "bench", "evaluate", "baselines", "course", "interop", "gguf", "scoring", "serve",
          "download", "prepare", "cli"]  # fmt: skip
 
 

@@ -1,0 +1,301 @@
+"""An OpenAI-compatible endpoint for one weight: /v1/models and /v1/chat/completions.
+
+It listens on 127.0.0.1 only and answers every wrong request with OpenAI's error object. Many
+streams run at once: each takes its turn for one token, first come first served, so none starves.
+Left out: batching the streams into one forward pass (what vLLM is for), tools, log-probabilities.
+A request that asks for what is left out is refused, not half-answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any, Literal
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minimind.errors import UserError
+from minimind.generate import stream
+from minimind.model import MiniMind
+from minimind.tokenizer import Tokenizer
+
+HOST = "127.0.0.1"
+MAX_BODY = 256 * 1024  # bytes of one request
+MAX_CONTEXT = 4096  # tokens of prompt and answer, or what the model was built for if that is less
+MAX_TOKENS, DEFAULT_TOKENS = 1024, 256  # of one answer
+MAX_OPEN = 64  # answers in the making
+
+STATUS = {"model_not_found": 404, "rate_limit_exceeded": 429, "body_too_large": 413, "forbidden_host": 403,
+          "internal_error": 500}  # fmt: skip
+# Parameters that would change the answer and are not computed here, with the values that change nothing.
+UNSUPPORTED: dict[str, tuple] = {
+    "n": (1,), "stop": ([], ""), "tools": ([],), "functions": ([],), "logprobs": (False,), "logit_bias": ({},),
+    "response_format": ({"type": "text"},), "frequency_penalty": (0,), "presence_penalty": (0,),
+}  # fmt: skip
+
+
+class Part(BaseModel):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Turn(BaseModel):
+    """One message."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+    def plain(self) -> dict[str, str]:
+        """Return it as the tokenizer takes it."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = "".join(part.text for part in parts) if parts else self.content
+        if any("\ud800" <= character <= "\udfff" for character in text or ""):
+            raise ApiError("A message has half a surrogate pair.", "invalid_value", "messages")
+        return {"role": self.role, "content": text or ""}
+
+
+class Ask(BaseModel):
+    """A request for an answer, in OpenAI's words."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str
+    messages: list[Turn] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, le=2**31)
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+
+
+class ApiError(Exception):
+    """A refusal; the fields are OpenAI's."""
+
+    def __init__(
+        self, message: str, code: str, param: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = STATUS.get(code, status), code, param
+
+    def response(self) -> JSONResponse:
+        """Return it as OpenAI's clients expect it."""
+        kind = "invalid_request_error" if self.status != 429 else "rate_limit_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": error}, self.status)
+
+
+class Guard:
+    """ASGI middleware: requests of this machine only, and bodies of at most MAX_BODY bytes.
+
+    A body that is too long is read to its end and thrown away, so that the client hears the reason.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").split(":")[0]
+        if host not in (HOST, "localhost"):  # a web page that had its name point here
+            refusal = ApiError(f"This server answers to {HOST} only.", "forbidden_host")
+            return await refusal.response()(scope, receive, send)
+        body, size, more = b"", 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False) and size < 64 * MAX_BODY
+            body = body + message.get("body", b"") if size <= MAX_BODY else b""
+        if size > MAX_BODY:
+            refusal = ApiError(f"The body has more than {MAX_BODY} bytes.", "body_too_large")
+            return await refusal.response()(scope, receive, send)
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, replay, send)
+
+
+class Engine:
+    """One model and its answers in the making."""
+
+    def __init__(self, model: MiniMind, tokenizer: Tokenizer, name: str) -> None:
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.context = min(MAX_CONTEXT, model.config.max_position_embeddings)
+        self.turn, self.open = asyncio.Lock(), 0
+
+    def prepare(self, ask: Ask) -> tuple[list[int], int]:
+        """Return the prompt's ids and the length of the answer. ApiError if it cannot be given."""
+        if ask.model != self.name:
+            raise ApiError(
+                f"No model {ask.model!r}, only {self.name!r}.", "model_not_found", "model"
+            )
+        for name, harmless in UNSUPPORTED.items():
+            value = (ask.model_extra or {}).get(name)
+            if value is not None and value not in harmless:
+                raise ApiError(f"{name}={value!r} is not offered.", "unsupported_parameter", name)
+        if self.open >= MAX_OPEN:
+            raise ApiError(f"{MAX_OPEN} answers are in the making.", "rate_limit_exceeded")
+        messages = [message.plain() for message in ask.messages]
+        prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
+        asked, room = ask.max_completion_tokens or ask.max_tokens, self.context - len(prompt)
+        if room < (asked or 1):
+            sizes = f"{len(prompt)} tokens of messages and {asked or 1} of answer"
+            limit = f"do not fit into the context of {self.context}."
+            raise ApiError(f"{sizes} {limit}", "context_length_exceeded", "messages")
+        return prompt, asked or min(DEFAULT_TOKENS, room)
+
+    async def answer(
+        self, ask: Ask, prompt: list[int], length: int
+    ) -> AsyncIterator[tuple[str, list[int]]]:
+        """Yield (new text, all ids so far), a token at a time; half a character waits for its rest."""
+        sampling = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
+        steps = stream(self.model, prompt, length, eos_id=self.tokenizer.eos_id, **sampling)
+        ids: list[int] = []
+        sent = 0
+        self.open += 1
+        try:
+            while True:
+                async with self.turn:  # asyncio's lock is fair
+                    token = await run_in_threadpool(next, steps, None)
+                if token is not None:
+                    ids.append(token)
+                text = self.tokenizer.decode(ids)
+                if token is None or not text.endswith("\ufffd"):
+                    yield text[sent:], ids
+                    sent = len(text)
+                if token is None:
+                    return
+        finally:
+            self.open -= 1
+
+    def reason(self, ids: list[int]) -> str:
+        """Return why an answer ended."""
+        return "stop" if ids and ids[-1] == self.tokenizer.eos_id else "length"
+
+
+def usage(prompt: list[int], ids: list[int]) -> dict[str, int]:
+    """Return OpenAI's count of tokens."""
+    asked, answered = len(prompt), len(ids)
+    total = asked + answered
+    return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": total}
+
+
+async def whole_answer(engine: Engine, ask: Ask, prompt: list[int], length: int) -> dict:
+    """Return a chat.completion object."""
+    text, ids = "", []
+    async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
+        text += piece
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": engine.reason(ids)}
+    return {**heading(engine, "chat.completion"), "choices": [choice], "usage": usage(prompt, ids)}
+
+
+async def event_stream(
+    engine: Engine, ask: Ask, prompt: list[int], length: int
+) -> AsyncIterator[str]:
+    """Yield server-sent events: chunks, the last with the reason it ended, then [DONE]."""
+    head, ids = heading(engine, "chat.completion.chunk"), []
+
+    def event(delta: dict, reason: str | None = None) -> str:
+        choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
+        return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
+        if piece:
+            yield event({"content": piece})
+    yield event({}, engine.reason(ids))
+    if (ask.stream_options or {}).get("include_usage"):
+        yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage(prompt, ids)})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def heading(engine: Engine, kind: str) -> dict:
+    """Return what every response object starts with."""
+    stamp = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+    return {**stamp, "object": kind, "model": engine.name}
+
+
+def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
+    """Return the application that serves a model under a name."""
+    engine = Engine(model, tokenizer, name)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard)
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "minimind"}
+
+    @app.get("/v1/models")
+    async def models() -> dict:
+        return {"object": "list", "data": [card]}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def completions(ask: Ask) -> dict | StreamingResponse:
+        prompt, length = engine.prepare(ask)
+        if ask.stream:
+            events = event_stream(engine, ask, prompt, length)
+            return StreamingResponse(events, media_type="text/event-stream")
+        return await whole_answer(engine, ask, prompt, length)
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return ApiError(f"The body is not JSON: {first['msg']}.", "invalid_json").response()
+        words = f"{place or 'body'}: {first['msg']}."
+        return ApiError(words, "invalid_value", place or None).response()
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: Request, error: HTTPException) -> JSONResponse:
+        words = f"{request.method} {request.url.path}: {error.detail}."
+        code = "unknown_url" if error.status_code in (404, 405) else "invalid_request"
+        return ApiError(words, code, status=error.status_code).response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return ApiError("Something here is broken; its log says what.", "internal_error").response()
+
+    return app
+
+
+def make_server(app: FastAPI, port: int) -> tuple[uvicorn.Server, socket.socket]:
+    """Return a server and the socket it will listen on. UserError if the port is taken."""
+    listener = socket.socket()
+    if os.name == "posix":  # elsewhere it would let two servers share the port
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(f"Port {port} cannot be used ({error}). Choose another --port.") from error
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning")), listener
+
+
+def serve(model: MiniMind, tokenizer: Tokenizer, name: str, port: int) -> None:
+    """Serve until interrupted."""
+    server, listener = make_server(make_app(model, tokenizer, name), port)
+    where = f"http://{HOST}:{listener.getsockname()[1]}/v1"
+    print(f"Serving {name!r} at {where} (this machine only; Ctrl-C ends it)", flush=True)
+    with suppress(KeyboardInterrupt):  # uvicorn shuts down, then raises it again
+        server.run(sockets=[listener])
