@@ -283,6 +283,24 @@ class DPOConfig(TrainConfig):
 
 
 @dataclass
+class RewardConfig(TrainConfig):
+    """A reward model from preference pairs.
+
+    Attributes:
+        batch_size: pairs, not answers.
+        centre: how strongly the scores of a pair are held around 0 (arXiv 2312.09244).
+    """
+
+    data_path: str = "dataset/dpo.jsonl"
+    from_weight: str = "full_sft"
+    save_weight: str = "reward"
+    batch_size: int = 4
+    learning_rate: float = 1e-6
+    max_seq_len: int = 1024
+    centre: float = 0.01
+
+
+@dataclass
 class ReasonConfig(TrainConfig):
     """Reasoning distillation: SFT with more weight on the four tags.
 
@@ -321,7 +339,9 @@ class GRPOConfig(TrainConfig):
         beta: weight of the distance (KL) to the weights that the run started from.
         policy_loss: "clip" as in PPO, or "cispo" (arXiv 2506.13585).
         reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
-        reward_model_path: folder of a learned reward model, for problems without an "answer".
+        reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
+            weight of `minimind reward`; empty: the weight `reward` in out_dir.
+        allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
     """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
@@ -338,6 +358,7 @@ class GRPOConfig(TrainConfig):
     policy_loss: str = "clip"
     reasoning: int = 1
     reward_model_path: str = ""
+    allow_remote_code: int = 0
 
 
 @dataclass
@@ -353,7 +374,9 @@ class SPOConfig(TrainConfig):
         priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
             is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
         reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
-        reward_model_path: folder of a learned reward model, for problems without an "answer".
+        reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
+            weight of `minimind reward`; empty: the weight `reward` in out_dir.
+        allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
     """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
@@ -368,6 +391,7 @@ class SPOConfig(TrainConfig):
     priority_epsilon: float = 0.05
     reasoning: int = 1
     reward_model_path: str = ""
+    allow_remote_code: int = 0
 
 
 @dataclass
@@ -418,7 +442,8 @@ class DistillConfig(TrainConfig):
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
-    "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reason": ReasonConfig,
+    "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reward": RewardConfig,
+    "reason": ReasonConfig,
     "grpo": GRPOConfig, "spo": SPOConfig, "distill": DistillConfig,
 }  # fmt: skip
 
@@ -444,6 +469,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
         "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
         "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
+        "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
         "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
         "grpo": dict(
             _COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0
@@ -478,6 +504,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
         "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
+        "reward": dict(_TINY, learning_rate=1e-3, epochs=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(
             _TINY,
@@ -536,7 +563,7 @@ def preset_settings(stage: str, preset: str) -> dict:
     """Return what a preset changes; the small presets run on the built-in data."""
     if preset == "full":
         return {"tokenizer_path": str(data_samples("tokenizer.json"))}
-    stem = "grpo" if stage == "spo" else stage  # both learn from the same problems
+    stem = {"spo": "grpo", "reward": "dpo"}.get(stage, stage)  # they learn from the same rows
     data = {
         "data_path": str(data_samples(f"{stem}.jsonl")),
         "eval_data_path": str(data_samples(f"{stem}_heldout.jsonl")),

@@ -25,6 +25,7 @@ from minimind.evaluate import (
     Answer,
     Measure,
     answers,
+    best_of,
     by_kind,
     heldout_pair_logps,
     heldout_problems,
@@ -221,6 +222,21 @@ def dpo_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer,
         measures[name]["baseline"] = by_length(rows, tokenizer)
 
 
+def reward_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """Pairs: a rule that only looks at length. Adds best-of-8: of the SFT model's answers the one
+    with the best score, beside one picked at random."""
+    rows = preference_rows(len(found))
+    judge, sampler = (load(weight, run["out_dir"])[0] for weight in ("reward", "full_sft"))
+    best, random = best_of(judge, sampler, tokenizer, rows)
+    measures["pair_accuracy"]["baseline"] = by_length(rows, tokenizer)
+    measures["best_of_8_preferred"] = {
+        "value": best, "before": random, "after": best, "baseline": random, "better": "higher",
+        "held_out_examples": len(rows),
+    }  # fmt: skip
+
+
 def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
     """Return the share of pairs that "the shorter is better", or its opposite, gets right."""
     sizes = [[len(tokenizer.encode(as_messages(row, side)[-1]["content"])) for side in SIDES]
@@ -306,6 +322,7 @@ BASELINES = {
     "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
     "distill": distill_baselines,
     "dpo": dpo_baselines,
+    "reward": reward_baselines,
     "grpo": partial(rl_baselines, "grpo"), "spo": partial(rl_baselines, "spo"),
     "reason": reason_baselines,
 }  # fmt: skip

@@ -20,9 +20,10 @@ from minimind.generate import generate, sample_rollouts
 from minimind.model import MiniMind
 from minimind.rewards import answer_of, exact
 from minimind.stages.common import token_logps
-from minimind.stages.dpo import as_messages, check_pair, encode_pair, pair_logps
+from minimind.stages.dpo import SIDES, as_messages, check_pair, encode_pair, pair_logps
 from minimind.stages.pretrain import count_labels, next_token_loss
 from minimind.stages.reason import check_reasoning, split_thought
+from minimind.stages.reward import add_score, heldout_scores, pair_accuracy, score_conversations
 from minimind.stages.rl import check_problem, prompt_ids
 from minimind.stages.sft import read_chats
 from minimind.tokenizer import Tokenizer
@@ -302,6 +303,45 @@ def measure_dpo(
     return measures, found
 
 
+def measure_reward(
+    model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
+) -> tuple[dict, list]:
+    """Held-out pairs in which the chosen answer has the higher score; a tie is half right."""
+    rows = preference_rows(limit)
+    room = model.config.max_position_embeddings
+    pairs = [encode_pair(tokenizer, row, room) for row in rows]
+    chosen, rejected = heldout_scores(add_score(model.eval()), pairs, tokenizer.pad_id)
+    answers_of = [{side: as_messages(row, side)[-1]["content"] for side in SIDES} for row in rows]
+    found = [
+        Answer(as_messages(row, "chosen")[-2]["content"], said["chosen"],
+               said["chosen" if better else "rejected"], "the answer with the higher score")
+        for row, said, better in zip(rows, answers_of, (chosen > rejected).tolist(), strict=True)
+    ]  # fmt: skip
+    accuracy = float(pair_accuracy(chosen, rejected))
+    return {"pair_accuracy": Measure(accuracy, "higher", len(rows))}, found
+
+
+def best_of(
+    judge: MiniMind, sampler: MiniMind, tokenizer: Tokenizer, rows: Sequence[dict], k: int = 8
+) -> tuple[float, float]:
+    """Sample k answers to the question of every pair; return how many close in the preferred manner.
+
+    Returns:
+        the share among those with the best score of their k, and among all, which is what picking
+        at random gives on average.
+    """
+    drawn = [sampled_answers(sampler, tokenizer, rows, seed=i * len(rows)) for i in range(k)]
+    preferred = torch.tensor([[a.kind == "preferred manner" for a in some] for some in drawn])
+    scores = torch.stack([
+        score_conversations(judge, tokenizer, [
+            [*as_messages(row, "chosen")[:-1], {"role": "assistant", "content": answer.answer}]
+            for row, answer in zip(rows, some, strict=True)
+        ]) for some in drawn
+    ])  # fmt: skip
+    best = preferred.gather(0, scores.argmax(0, keepdim=True))  # (k, N) to (1, N)
+    return float(best.float().mean()), float(preferred.float().mean())
+
+
 def without_closing(answer: Answer, closings: set[str]) -> Answer:
     """Return the answer without the closing sentence, if it ends in one of `closings`."""
     said, manner = split_manner(answer.answer)
@@ -476,6 +516,7 @@ MEASURES = {
     "pretrain": measure_pretrain, "sft": measure_sft, "lora": measure_lora,
     "distill": measure_distill,
     "dpo": measure_dpo,
+    "reward": measure_reward,
     "grpo": measure_rl, "spo": measure_rl,
     "reason": measure_reason,
 }  # fmt: skip

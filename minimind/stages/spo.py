@@ -306,7 +306,7 @@ def spo_task(config: SPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
             "a step, and one answer has nothing to be compared with. Raise either."
         )
     problems, warnings = read_problems(config, tokenizer, model.config.max_position_embeddings)
-    reward = make_reward(config)
+    reward = make_reward(config, problems, model.device)
     stage = SPO(config, tokenizer, problems, frozen_copy(model), reward, reward.span)
     return Task(
         train=[{"row": [i]} for i in range(len(problems))],
