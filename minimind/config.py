@@ -459,6 +459,7 @@ _TINY_RUN = dict(
     log_interval=2, save_interval=20, dtype="float32",
 )  # fmt: skip
 _TINY = dict(_TINY_RUN, hidden_size=64, num_hidden_layers=2)
+_FEED_FORWARD = dict(lora_r=4, lora_alpha=8, target_modules=("gate_proj", "up_proj", "down_proj"))
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
@@ -466,21 +467,20 @@ PRESETS: dict[str, dict[str, dict]] = {
             _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(
-            _COURSE,
-            learning_rate=3e-3,
-            epochs=4,
-            batch_size=32,
-            lora_r=4,
-            lora_alpha=8,
-            target_modules=("gate_proj", "up_proj", "down_proj"),
-        ),
+        "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
         "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
         "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
-        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1.15, batch_size=32),
-        "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
+        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
+        "grpo": dict(
+            _COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0
+        ),
         "spo": dict(
-            _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
+            _COURSE,
+            learning_rate=1e-4,
+            epochs=2,
+            batch_size=128,
+            accumulation_steps=1,
+            max_new_tokens=80,
         ),
         "distill": dict(
             _COURSE_RUN,
@@ -502,7 +502,7 @@ PRESETS: dict[str, dict[str, dict]] = {
             _TINY, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=0.02
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
-        "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
+        "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
         "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
         "reward": dict(_TINY, learning_rate=1e-3, epochs=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),

@@ -329,22 +329,29 @@ BASELINES = {
 
 
 def sample_chat(out_dir: str) -> list[dict]:
-    """Ask the last model a few things: small talk, a sum, a list, and a person it was never asked about."""
-    model, tokenizer = load("full_sft", out_dir)
-    unseen = next(
-        row for row in read_jsonl(data_samples("sft_heldout.jsonl"), check_conversation)
-        if row["kind"] == "person_unseen"
-    )  # fmt: skip
-    questions = [*QUESTIONS, unseen["conversations"][0]["content"]]
-    return [
-        {
-            "user": q,
-            "assistant": chat(
-                model, tokenizer, [{"role": "user", "content": q}], max_new_tokens=48
-            ),
-        }
-        for q in questions
-    ]
+    """Ask the weights of the course a few things, among them what none was trained to answer."""
+
+    def first(name: str, kind: str) -> str:
+        rows = read_jsonl(data_samples(name), check_conversation)
+        return next(row["conversations"][0]["content"] for row in rows if row["kind"] == kind)
+
+    unseen = first("sft_heldout.jsonl", "person_unseen")
+    asked = [("full_sft", question) for question in (*QUESTIONS, unseen)]
+    asked += [("lora", first("lora_heldout.jsonl", "name")), ("dpo", unseen)]
+    asked += [(weight, first("grpo_heldout.jsonl", "7")) for weight in ("reason", "grpo")]
+    turns = []
+    for weight, question in asked:
+        message = {"role": "user", "content": question}
+        answer = chat(*load(weight, out_dir), [message], max_new_tokens=80)
+        turns.append({"weight": weight, "user": question, "assistant": answer})
+    return turns
+
+
+BASELINES_TEXT = """Baselines. Bits per byte: a 5-gram model. Facts: the commonest answer. Exact match and persona: the
+answer to the most similar training question. DPO: for preferences the better of "shorter" and "longer", else the value
+before; for KL what the cheapest way to speak so would cost. Reasoning: the same weight trained as long to answer
+without a thought. Distillation: the same student trained as long without a teacher. GRPO and SPO: the commonest result
+of each length; for lengths and KL the value before."""
 
 
 def report_text(report: dict) -> str:
@@ -363,10 +370,11 @@ def report_text(report: dict) -> str:
     lines += ["", f"Bits per byte of held-out text: {text['after']:.3f}; "
               + ", ".join(f"{name} {value:.3f}" for name, value in text["baselines"].items())
               + f". That is {text['after'] / text['baseline']:.2f} of the 5-gram's.",
-              "Baselines: a 5-gram model for bits per byte, the commonest answer for facts, the answer "
-              "to the most similar training question for exact match."]  # fmt: skip
+              BASELINES_TEXT]  # fmt: skip
     lines += ["", "![before and after](report.png)", "", "## Chat", ""]
-    lines += [f"> **{turn['user']}**  \n> {turn['assistant']}\n" for turn in report["chat"]]
+    lines += [
+        f"> `{t['weight']}` **{t['user']}**  \n> `{t['assistant']}`\n" for t in report["chat"]
+    ]
     for stage in report["stages"]:
         lines += [f"## Samples of {stage['stage']}", ""]
         lines += [

@@ -616,7 +616,7 @@ The check gives you eleven texts for each of 300 problems: some right, some wron
 without a thought. It does not give you the problems, and compares how often you choose the right answer with what is
 within reach.
 
-Then try it on the real model: sample 11 thoughts at temperature 1 for chains of eight operations and plot the
+Then try it on the real model: sample 11 thoughts at temperature 1 for chains of seven operations and plot the
 accuracy against the number of thoughts. Where does it stop to grow? What does it cost, in tokens per answer?
 """,
     hints=[
