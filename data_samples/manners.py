@@ -11,6 +11,7 @@ import random
 from chats import (
     CHINESE_QUESTIONS,
     FACT_QUESTIONS,
+    SMALL_TALK,
     Pair,
     conversation,
     fact_pairs,
@@ -38,9 +39,9 @@ def questions(reserved: bool) -> list[Pair]:
 def personas(random_: random.Random, reserved: bool = False) -> list[dict]:
     """Conversations in which the model has a name: it signs its answers and says who it is.
 
-    Half of the signed training rows are about towns, sums, lists and in Chinese: rehearsal, without
-    which learning to sign would cost what the model knows of those. Held-out rows are about people. Two of the eight
-    ways to ask for the name are kept for the held-out rows.
+    Half of the signed training rows are about towns, sums, lists, small talk and in Chinese:
+    rehearsal, without which learning to sign would cost what the model knows of those. Held-out
+    rows are about people. Two of the eight ways to ask for the name are kept for them.
     """
     signature = " " + SIGNATURE.format(name=ASSISTANT)
     asked = IDENTITY_QUESTIONS[-2:] if reserved else IDENTITY_QUESTIONS[:-2] * 40
@@ -58,7 +59,7 @@ def rehearsal(random_: random.Random) -> list[Pair]:
     pairs = random_.sample(fact_pairs(in_chat(PLACES), FACT_QUESTIONS, FACT), 120)
     pairs += random_.sample(fact_pairs(in_chat(CHINESE), CHINESE_QUESTIONS, CHINESE_FACT), 90)
     pairs += [sum_pair(random_) for _ in range(120)]
-    return pairs + [list_pair(random_) for _ in range(120)]
+    return pairs + [list_pair(random_) for _ in range(120)] + SMALL_TALK * 6
 
 
 def preferences(random_: random.Random, reserved: bool = False) -> list[dict]:

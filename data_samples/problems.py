@@ -12,7 +12,7 @@ from chats import conversation
 from world import Chain, draw_chain
 
 QUESTIONS = ["Chain: {problem} What is the result?", "Chain: {problem} Work it out."]
-SHORT, LONG = (2, 3, 4, 5), (6, 7, 8)
+SHORT, LONG = (2, 3, 4, 5), (6, 7)
 
 
 def question(random_: random.Random, chain: Chain) -> str:
@@ -26,17 +26,17 @@ def thought(chain: Chain) -> str:
 
 
 def lengths(reserved: bool, rows: int, long_share: float) -> list[int]:
-    """Operations of each problem: held-out sets have the same number of every length."""
+    """Operations of each problem. A held-out set has 100 of every short length, 150 of every long one."""
     if reserved:
-        return [n for n in (*SHORT, *LONG) for _ in range(100)]
+        return [n for n in SHORT for _ in range(100)] + [n for n in LONG for _ in range(150)]
     draw = random.Random(rows)
     return [draw.choice(LONG if draw.random() < long_share else SHORT) for _ in range(rows)]
 
 
 def reasoning(random_: random.Random, reserved: bool = False) -> list[dict]:
-    """Chat rows with a thought; one in seven is a longer problem, met but not mastered."""
+    """Chat rows with a thought; one in ten is a longer problem, met but not mastered."""
     rows = []
-    for operations in lengths(reserved, 8000, long_share=0.15):
+    for operations in lengths(reserved, 8000, long_share=0.1):
         chain = draw_chain(random_, operations, reserved)
         rows.append(
             {**conversation([(question(random_, chain), thought(chain))]), "kind": str(operations)}

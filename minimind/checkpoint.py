@@ -217,7 +217,7 @@ def starting_weight(config: TrainConfig) -> Path:
 
 
 STAGE_OF_WEIGHT = {
-    "pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo", "reason": "reason",
+    "pretrain": "pretrain", "full_sft": "sft", "lora": "lora", "dpo": "dpo", "reward": "reward", "reason": "reason",
     "grpo": "grpo", "spo": "spo", "full_dist": "distill",
 }  # fmt: skip
 
@@ -249,7 +249,13 @@ def load_model(path: Path) -> tuple[MiniMind, dict]:
     sidecar = load_sidecar(path)
     if "lora" in sidecar:
         return load_adapted(path, sidecar["lora"]), sidecar
-    return build(ModelConfig.from_dict(sidecar["config"], path), read_tensors(path), path), sidecar
+    state = read_tensors(path)
+    score = state.pop("score.weight", None)  # what makes a reward model of it
+    model = build(ModelConfig.from_dict(sidecar["config"], path), state, path)
+    if score is not None:
+        model.score = nn.Linear(*reversed(score.shape), bias=False)
+        model.score.weight.data.copy_(score)
+    return model, sidecar
 
 
 def load_adapted(path: Path, lora: dict) -> MiniMind:

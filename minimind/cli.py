@@ -45,6 +45,8 @@ class Course:
 
     preset: Preset = "course"
     seed: int = 42
+    out_dir: str = ""
+    """Another folder for weights and report."""
 
 
 @dataclass
@@ -124,9 +126,9 @@ def folder_of(preset: str, out_dir: str) -> str:
 
 def run_course(args: Course) -> None:
     """Train, then print what `report.md` says."""
-    report = course(args.preset, args.seed)
+    report = course(args.preset, args.seed, args.out_dir or None)
     print(report_text(report))
-    print(f"Written to {folder_of(args.preset, '')}/report.md, .json and .png")
+    print(f"Written to {folder_of(args.preset, args.out_dir)}/report.md, .json and .png")
 
 
 def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:

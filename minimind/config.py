@@ -210,6 +210,7 @@ class TrainConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
+NORMALIZERS = ("tokens", "weights")
 
 
 @dataclass
@@ -282,8 +283,31 @@ class DPOConfig(TrainConfig):
 
 
 @dataclass
+class RewardConfig(TrainConfig):
+    """A reward model from preference pairs.
+
+    Attributes:
+        batch_size: pairs, not answers.
+        centre: how strongly the scores of a pair are held around 0 (arXiv 2312.09244).
+    """
+
+    data_path: str = "dataset/dpo.jsonl"
+    from_weight: str = "full_sft"
+    save_weight: str = "reward"
+    batch_size: int = 4
+    learning_rate: float = 1e-6
+    max_seq_len: int = 1024
+    centre: float = 0.01
+
+
+@dataclass
 class ReasonConfig(TrainConfig):
-    """Reasoning distillation: SFT with more weight on the four tags."""
+    """Reasoning distillation: SFT with more weight on the four tags.
+
+    Attributes:
+        tag_weight: weight of each tag in the loss; every other token has 1.
+        normalizer: what the weighted sum is divided by: "tokens" or "weights".
+    """
 
     data_path: str = "dataset/r1_mix_1024.jsonl"
     from_weight: str = "dpo"
@@ -293,6 +317,15 @@ class ReasonConfig(TrainConfig):
     max_seq_len: int = 720
     tag_weight: float = 10.0
     normalizer: str = "tokens"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tag_weight < float("inf"):
+            raise UserError(
+                f"tag_weight={self.tag_weight} must be a number above 0; 1 is plain SFT."
+            )
+        if self.normalizer not in NORMALIZERS:
+            raise bad_value("normalizer", self.normalizer, NORMALIZERS)
 
 
 @dataclass
@@ -306,7 +339,9 @@ class GRPOConfig(TrainConfig):
         beta: weight of the distance (KL) to the weights that the run started from.
         policy_loss: "clip" as in PPO, or "cispo" (arXiv 2506.13585).
         reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
-        reward_model_path: folder of a learned reward model, for problems without an "answer".
+        reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
+            weight of `minimind reward`; empty: the weight `reward` in out_dir.
+        allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
     """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
@@ -323,6 +358,7 @@ class GRPOConfig(TrainConfig):
     policy_loss: str = "clip"
     reasoning: int = 1
     reward_model_path: str = ""
+    allow_remote_code: int = 0
 
 
 @dataclass
@@ -338,7 +374,9 @@ class SPOConfig(TrainConfig):
         priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
             is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
         reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
-        reward_model_path: folder of a learned reward model, for problems without an "answer".
+        reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
+            weight of `minimind reward`; empty: the weight `reward` in out_dir.
+        allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
     """
 
     data_path: str = "dataset/rlaif-mini.jsonl"
@@ -353,6 +391,7 @@ class SPOConfig(TrainConfig):
     priority_epsilon: float = 0.05
     reasoning: int = 1
     reward_model_path: str = ""
+    allow_remote_code: int = 0
 
 
 @dataclass
@@ -403,7 +442,8 @@ class DistillConfig(TrainConfig):
 
 
 CONFIGS: dict[str, type[TrainConfig]] = {
-    "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reason": ReasonConfig,
+    "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reward": RewardConfig,
+    "reason": ReasonConfig,
     "grpo": GRPOConfig, "spo": SPOConfig, "distill": DistillConfig,
 }  # fmt: skip
 
@@ -419,6 +459,7 @@ _TINY_RUN = dict(
     log_interval=2, save_interval=20, dtype="float32",
 )  # fmt: skip
 _TINY = dict(_TINY_RUN, hidden_size=64, num_hidden_layers=2)
+_FEED_FORWARD = dict(lora_r=4, lora_alpha=8, target_modules=("gate_proj", "up_proj", "down_proj"))
 PRESETS: dict[str, dict[str, dict]] = {
     "full": {},
     "course": {
@@ -426,20 +467,20 @@ PRESETS: dict[str, dict[str, dict]] = {
             _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(
-            _COURSE,
-            learning_rate=3e-3,
-            epochs=4,
-            batch_size=32,
-            lora_r=4,
-            lora_alpha=8,
-            target_modules=("gate_proj", "up_proj", "down_proj"),
-        ),
+        "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
         "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
-        "reason": dict(_COURSE, learning_rate=3e-3, epochs=2, batch_size=32),
-        "grpo": dict(_COURSE, learning_rate=3e-4, batch_size=16, max_new_tokens=80, beta=0.0),
+        "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
+        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
+        "grpo": dict(
+            _COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0
+        ),
         "spo": dict(
-            _COURSE, learning_rate=3e-4, batch_size=128, accumulation_steps=1, max_new_tokens=80
+            _COURSE,
+            learning_rate=1e-4,
+            epochs=2,
+            batch_size=128,
+            accumulation_steps=1,
+            max_new_tokens=80,
         ),
         "distill": dict(
             _COURSE_RUN,
@@ -461,8 +502,9 @@ PRESETS: dict[str, dict[str, dict]] = {
             _TINY, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=0.02
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
-        "lora": dict(_TINY, learning_rate=1e-3, epochs=0.2),
+        "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
         "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
+        "reward": dict(_TINY, learning_rate=1e-3, epochs=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(
             _TINY,
@@ -523,7 +565,7 @@ def preset_settings(stage: str, preset: str) -> dict:
     """Return what a preset changes; the small presets run on the built-in data."""
     if preset == "full":
         return {"tokenizer_path": str(data_samples("tokenizer.json"))}
-    stem = "grpo" if stage == "spo" else stage  # both learn from the same problems
+    stem = {"spo": "grpo", "reward": "dpo"}.get(stage, stage)  # they learn from the same rows
     data = {
         "data_path": str(data_samples(f"{stem}.jsonl")),
         "eval_data_path": str(data_samples(f"{stem}_heldout.jsonl")),

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from minimind.baselines import nearest_answers, text_baselines
@@ -18,21 +20,30 @@ from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, check_text, read_jsonl
 from minimind.errors import UserError
 from minimind.evaluate import (
+    HARD_FROM,
     MEASURES,
     Answer,
     Measure,
+    answers,
+    best_of,
+    by_kind,
     heldout_pair_logps,
+    heldout_problems,
+    kl_per_token,
     measure_distill,
     most_common_answer,
     preference_rows,
+    reasoning_measures,
     samples,
     share_right,
 )
 from minimind.generate import chat
 from minimind.model import MiniMind
+from minimind.rewards import answer_of
 from minimind.stages.dpo import SIDES, as_messages
+from minimind.stages.reason import check_reasoning
 from minimind.tokenizer import Tokenizer
-from minimind.trainer import starting_point, train
+from minimind.trainer import TrainResult, starting_point, train
 
 STAGES_IN_ORDER = tuple(stage for stage in CONFIGS if stage in MEASURES)
 QUESTIONS = ("Hello!", "What is 17+8?")
@@ -211,6 +222,21 @@ def dpo_baselines(measures: dict, found: Sequence[Answer], tokenizer: Tokenizer,
         measures[name]["baseline"] = by_length(rows, tokenizer)
 
 
+def reward_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """Pairs: a rule that only looks at length. Adds best-of-8: of the SFT model's answers the one
+    with the best score, beside one picked at random."""
+    rows = preference_rows(len(found))
+    judge, sampler = (load(weight, run["out_dir"])[0] for weight in ("reward", "full_sft"))
+    best, random = best_of(judge, sampler, tokenizer, rows)
+    measures["pair_accuracy"]["baseline"] = by_length(rows, tokenizer)
+    measures["best_of_8_preferred"] = {
+        "value": best, "before": random, "after": best, "baseline": random, "better": "higher",
+        "held_out_examples": len(rows),
+    }  # fmt: skip
+
+
 def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
     """Return the share of pairs that "the shorter is better", or its opposite, gets right."""
     sizes = [[len(tokenizer.encode(as_messages(row, side)[-1]["content"])) for side in SIDES]
@@ -220,31 +246,112 @@ def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
     return max(shorter, longer)
 
 
+def rl_baselines(
+    stage: str, measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The commonest result of each length, said without a thought. And one more measure: the KL
+    divergence, per token, from the weight that the stage started from."""
+    config = stage_config(stage, run["preset"], out_dir=run["out_dir"])
+    model, start = (
+        load(name, run["out_dir"])[0] for name in (config.save_weight, config.from_weight)
+    )
+    rows = heldout_problems()[1][: measures["greedy_hard"]["held_out_examples"]]
+    for name, measure in measures.items():
+        hard = name.endswith("hard")
+        guessed = most_common_answer([a for a in found if (int(a.kind) >= HARD_FROM) == hard])
+        measure["baseline"] = measure["before"] if measure["better"] == "lower" else guessed
+    kl = kl_per_token(model, start, tokenizer, rows)
+    measures["kl_from_start"] = {"value": kl, "before": 0.0, "after": kl, "baseline": 0.0,
+                                 "better": "lower", "held_out_examples": len(rows)}  # fmt: skip
+
+
+def reason_baselines(
+    measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
+) -> None:
+    """The same start trained as long to answer at once; beside it, the commonest number always said."""
+    direct = train_direct(**run).model
+    rows = [question_and_answer(answer.question, answer.expected, answer.kind) for answer in found]
+    guesses = [replace(a, answer=most_common_number(group)) for group in by_kind(found).values()
+               for a in group]  # fmt: skip
+    baselines = {
+        "direct": reasoning_measures(answers(direct, tokenizer, rows), tokenizer),
+        "constant": reasoning_measures(guesses, tokenizer),
+    }
+    for name, measure in measures.items():
+        measure["baselines"] = {who: scores[name].value for who, scores in baselines.items()}
+        measure["baseline"] = measure["baselines"]["direct"]
+
+
+def question_and_answer(question: str, answer: str, kind: str) -> dict:
+    """Return a chat row of one turn."""
+    messages = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return {"conversations": messages, "kind": kind}
+
+
+def most_common_number(found: Sequence[Answer]) -> str:
+    """Return the answer that is right most often, in its tags."""
+    number = Counter(answer_of(answer.expected) for answer in found).most_common(1)[0][0]
+    return f"<answer>{number}</answer>"
+
+
+DIRECT_LEARNING_RATE = 1e-3
+
+
+def train_direct(preset: str, seed: int = 42, out_dir: str | None = None) -> TrainResult:
+    """Train the start of `reason` on its problems without their thoughts, for as many steps."""
+    config = stage_config("reason", preset, seed=seed, **({"out_dir": out_dir} if out_dir else {}))
+    rows = read_jsonl(config.data_path, check_reasoning)
+    for row in rows:
+        message = row["conversations"][-1]
+        message["content"] = f"<answer>{answer_of(message['content'])}</answer>"
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path = Path(config.out_dir) / "reason_direct.jsonl"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return train(
+        "sft", preset, seed=seed, out_dir=config.out_dir, data_path=str(path), eval_data_path="",
+        from_weight=config.from_weight, save_weight="reason_direct", epochs=config.epochs,
+        batch_size=config.batch_size, learning_rate=DIRECT_LEARNING_RATE,
+    )  # fmt: skip
+
+
 # Each adds "baseline" to its stage's measures; `run` (preset, seed, out_dir) trains what a comparison needs.
 BASELINES = {
     "pretrain": pretrain_baselines, "sft": sft_baselines, "lora": lora_baselines,
     "distill": distill_baselines,
     "dpo": dpo_baselines,
+    "reward": reward_baselines,
+    "grpo": partial(rl_baselines, "grpo"), "spo": partial(rl_baselines, "spo"),
+    "reason": reason_baselines,
 }  # fmt: skip
 
 
 def sample_chat(out_dir: str) -> list[dict]:
-    """Ask the last model a few things: small talk, a sum, a list, and a person it was never asked about."""
-    model, tokenizer = load("full_sft", out_dir)
-    unseen = next(
-        row for row in read_jsonl(data_samples("sft_heldout.jsonl"), check_conversation)
-        if row["kind"] == "person_unseen"
-    )  # fmt: skip
-    questions = [*QUESTIONS, unseen["conversations"][0]["content"]]
-    return [
-        {
-            "user": q,
-            "assistant": chat(
-                model, tokenizer, [{"role": "user", "content": q}], max_new_tokens=48
-            ),
-        }
-        for q in questions
-    ]
+    """Ask the weights of the course a few things, among them what none was trained to answer."""
+
+    def first(name: str, kind: str) -> str:
+        rows = read_jsonl(data_samples(name), check_conversation)
+        return next(row["conversations"][0]["content"] for row in rows if row["kind"] == kind)
+
+    unseen = first("sft_heldout.jsonl", "person_unseen")
+    asked = [("full_sft", question) for question in (*QUESTIONS, unseen)]
+    asked += [("lora", first("lora_heldout.jsonl", "name")), ("dpo", unseen)]
+    asked += [(weight, first("grpo_heldout.jsonl", "7")) for weight in ("reason", "grpo")]
+    turns = []
+    for weight, question in asked:
+        message = {"role": "user", "content": question}
+        answer = chat(*load(weight, out_dir), [message], max_new_tokens=80)
+        turns.append({"weight": weight, "user": question, "assistant": answer})
+    return turns
+
+
+BASELINES_TEXT = """Baselines. Bits per byte: a 5-gram model. Facts: the commonest answer. Exact match and persona: the
+answer to the most similar training question. DPO: for preferences the better of "shorter" and "longer", else the value
+before; for KL what the cheapest way to speak so would cost. Reasoning: the same weight trained as long to answer
+without a thought. Distillation: the same student trained as long without a teacher. GRPO and SPO: the commonest result
+of each length; for lengths and KL the value before."""
 
 
 def report_text(report: dict) -> str:
@@ -263,10 +370,11 @@ def report_text(report: dict) -> str:
     lines += ["", f"Bits per byte of held-out text: {text['after']:.3f}; "
               + ", ".join(f"{name} {value:.3f}" for name, value in text["baselines"].items())
               + f". That is {text['after'] / text['baseline']:.2f} of the 5-gram's.",
-              "Baselines: a 5-gram model for bits per byte, the commonest answer for facts, the answer "
-              "to the most similar training question for exact match."]  # fmt: skip
+              BASELINES_TEXT]  # fmt: skip
     lines += ["", "![before and after](report.png)", "", "## Chat", ""]
-    lines += [f"> **{turn['user']}**  \n> {turn['assistant']}\n" for turn in report["chat"]]
+    lines += [
+        f"> `{t['weight']}` **{t['user']}**  \n> `{t['assistant']}`\n" for t in report["chat"]
+    ]
     for stage in report["stages"]:
         lines += [f"## Samples of {stage['stage']}", ""]
         lines += [

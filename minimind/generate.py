@@ -8,6 +8,7 @@ what is sampled for it does not depend on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from minimind.errors import UserError
 from minimind.model import KVCache, MiniMind, positions_and_mask
-from minimind.reader import Reader
+from minimind.reader import Reader, compiled_read
 from minimind.tokenizer import Message, Tokenizer
+
+Shape = Callable[[Tensor], Tensor]  # logits (B, V) to the distribution that is sampled (B, V)
+Step = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -108,7 +112,6 @@ def row_streams(rows: int, steps: int, seed: int | None) -> Tensor:
     return torch.from_numpy(np.stack(streams))
 
 
-@torch.no_grad()
 def generate(
     model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int = 128, temperature: float = 1.0,
     top_k: int = 0, top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
@@ -122,14 +125,29 @@ def generate(
         UserError: no prompt, an empty prompt, or one that leaves no room for the answer.
     """
     shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens, _, lengths = _decode(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+    with _ready(model, prompts, max_new_tokens):
+        steps = _steps(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
+        tokens, _, lengths = _collect(steps, len(prompts), max_new_tokens, eos_id, model.device)
     return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
-@torch.no_grad()
+def stream(
+    model: MiniMind, prompt: Sequence[int], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
+) -> Iterator[int]:  # fmt: skip
+    """Yield the ids of one completion as they come: what `generate` returns for this prompt alone.
+
+    UserError as in `generate`, before the first id.
+    """
+    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
+    with _ready(model, [prompt], max_new_tokens):
+        for _, token, _ in _steps(model, [prompt], 1, max_new_tokens, eos_id, seed, shape):
+            yield int(token)
+
+
 def sample_rollouts(
     model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
-    eos_id: int, seed: int | None = None,
+    eos_id: int, seed: int | None = None, compiled: bool = False,
 ) -> Rollouts:  # fmt: skip
     """Sample `num_generations` answers to every prompt, in rows p0, p0, …, p1, p1, …
 
@@ -137,14 +155,21 @@ def sample_rollouts(
     prompt is read once; its keys and values are shared by its group. `logps` are those of the
     sampling itself. Under autocast the rollouts run in its precision, as the training does.
 
+    Args:
+        compiled: compile the step of one token, for long runs on a GPU: the first call costs a
+            minute or so, and rows that have ended stay in the batch to keep its shape.
+
     Raises:
         UserError: as `generate`, or num_generations below 1.
     """
     if num_generations < 1:
         raise UserError(f"num_generations={num_generations} must be at least 1.")
-    tokens, logps, lengths = _decode(
-        model, prompts, num_generations, max_new_tokens, eos_id, seed, next_token_probabilities
-    )
+    with _ready(model, prompts, max_new_tokens):
+        shape, count = next_token_probabilities, len(prompts) * num_generations
+        steps = _steps(
+            model, prompts, num_generations, max_new_tokens, eos_id, seed, shape, compiled
+        )
+        tokens, logps, lengths = _collect(steps, count, max_new_tokens, eos_id, model.device)
     return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
 
 
@@ -165,81 +190,103 @@ def _as_rollouts(
     return Rollouts(prompt_ids, starts, input_ids, mask, logps, last == eos_id, completions)
 
 
-def _decode(
-    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
-    seed: int | None, shape: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Continue every prompt `copies` times; the loop behind everything that samples.
-
-    Args:
-        shape: logits (B, V) to the distribution that is sampled (B, V).
-
-    Returns:
-        tokens (N, max_new_tokens), ln p of each, and how many of each row count, (N,).
-    """
-    _check_prompts(model, prompts, max_new_tokens)
-    was_training = model.training
-    model.eval()
-    ids, mask = left_pad(prompts, 0, model.device)
-    capacity = ids.shape[1] + max_new_tokens
-    cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    reader = Reader(model, _precision(model))
-    padded = not bool(mask.all())
-    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
-    logits = reader(ids, positions, may_look, cache).repeat_interleave(copies, 0)
-    cache.repeat_rows(copies)
-    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
-    positions = mask.sum(1, keepdim=True) - max_new_tokens - 1  # of the last token of each row
-    alive = torch.arange(len(mask), device=model.device)  # which answer each row of the batch is
-    uniform = row_streams(len(alive), max_new_tokens, seed).to(model.device)
-    tokens = torch.zeros(len(alive), max_new_tokens, dtype=torch.long, device=model.device)
-    logps = torch.zeros(len(alive), max_new_tokens, device=model.device)
-    lengths = torch.full_like(alive, max_new_tokens)
-
-    for step in range(max_new_tokens):
-        probabilities = shape(logits)
-        token = sample(probabilities, uniform[alive, step])
-        tokens[alive, step] = token
-        logps[alive, step] = probabilities.gather(1, token[:, None])[:, 0].log().float()
-        ended = (token == eos_id).nonzero()[:, 0] if eos_id is not None else alive[:0]
-        if len(ended):
-            lengths[alive[ended]] = step + 1
-            order = cache.drop_rows(ended)
-            alive, token, mask, positions = (x[order] for x in (alive, token, mask, positions))
-        if len(alive) == 0 or step + 1 == max_new_tokens:
-            break
-        positions = positions + 1
-        may_look = mask[:, None, None, : cache.length + 1] if padded else None
-        logits = reader(token[:, None], positions if padded else positions[:1], may_look, cache)
-
-    model.train(was_training)
+def _collect(steps: Iterator[Step], count: int, max_new_tokens: int, eos_id: int | None,
+             device: torch.device) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the tokens (N, max_new_tokens) of `_steps`, ln p of each, and how many of each row count."""
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    logps = torch.zeros(count, max_new_tokens, device=device)
+    for place, (rows, token, probability) in enumerate(steps):
+        tokens[rows, place] = token
+        logps[rows, place] = probability.log()
+    ends = tokens == eos_id if eos_id is not None else torch.zeros_like(tokens, dtype=torch.bool)
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new_tokens)
     return tokens, logps, lengths
 
 
 @torch.no_grad()
-def stream(
-    model: MiniMind, prompt: Sequence[int], max_new_tokens: int = 128, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 1.0, eos_id: int | None = None, seed: int | None = None,
-) -> Iterator[int]:  # fmt: skip
-    """Yield the ids of one completion as they come: what `generate` returns for this prompt alone.
+def _steps(
+    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
+    seed: int | None, shape: Shape, compiled: bool = False,
+) -> Iterator[Step]:  # fmt: skip
+    """Continue every prompt `copies` times: the loop behind everything that samples.
 
-    The model must be in eval mode. UserError as in `generate`, before the first id.
+    Yields:
+        for every step: the answers in the batch (B,), a token for each, and its probability.
     """
-    _check_prompts(model, [prompt], max_new_tokens)
-    cache = KVCache(
-        model.config, 1, len(prompt) + max_new_tokens, like=model.model.embed_tokens.weight
-    )
-    uniform = row_streams(1, max_new_tokens, seed).to(model.device)
-    ids = torch.tensor([prompt], device=model.device)
+    state = _prefill(model, prompts, copies, max_new_tokens)
+    advance = _compiled_step if compiled else _step
+    rows = torch.arange(len(state.mask), device=model.device)
+    uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
+    done = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
-        logits = model.lm_head(model.model(ids, None, cache)[:, -1])
-        token = sample(
-            next_token_probabilities(logits, temperature, top_k, top_p), uniform[:, step]
-        )
-        yield int(token)
-        if int(token) == eos_id:
+        probabilities = shape(state.logits)
+        token = sample(probabilities, uniform[rows, step])
+        yield rows, token, probabilities.gather(1, token[:, None])[:, 0].float()
+        done = done | (token == eos_id) if eos_id is not None else done
+        left = int((~done).sum())
+        if left == 0 or step + 1 == max_new_tokens:
             return
-        ids = token[:, None]
+        if left < len(rows) and not compiled:
+            order = state.drop_rows(done.nonzero()[:, 0])
+            rows, token, done = rows[order], token[order], done[order]
+        advance(state, token)
+
+
+@dataclass
+class _State:
+    """The batch between two tokens: N rows, of which the first tokens may be padding.
+
+    `mask` (N, capacity) is False there; `positions` (N, 1) are those of the last tokens; `logits`
+    (N, V) say what comes next.
+    """
+
+    reader: Reader
+    cache: KVCache
+    padded: bool
+    mask: Tensor
+    positions: Tensor
+    logits: Tensor
+
+    def drop_rows(self, gone: Tensor) -> Tensor:
+        """Forget rows of the batch; return which old row stands in each place now."""
+        order = self.cache.drop_rows(gone)
+        self.mask, self.positions = self.mask[order], self.positions[order]
+        return order
+
+
+def _prefill(
+    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+) -> _State:
+    """Read every prompt once, then copy its keys and values for each of its answers."""
+    ids, mask = left_pad(prompts, 0, model.device)
+    capacity, padded = ids.shape[1] + max_new_tokens, not bool(mask.all())
+    cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
+    reader = Reader(model, _precision(model))
+    positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
+    logits = reader(ids, positions, may_look, cache)
+    cache.repeat_rows(copies)
+    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
+    last = mask.sum(1, keepdim=True) - max_new_tokens - 1
+    return _State(reader, cache, padded, mask, last, logits.repeat_interleave(copies, 0))
+
+
+def _step(state: _State, token: Tensor) -> None:
+    """Read one token per row, (N,)."""
+    state.positions += 1
+    positions = state.positions if state.padded else state.positions[:1]
+    may_look = state.mask[:, None, None, : state.cache.length + 1] if state.padded else None
+    state.logits = state.reader(token[:, None], positions, may_look, state.cache)
+
+
+def _compiled_step(state: _State, token: Tensor) -> None:
+    """`_step` in shapes that never change: over the whole capacity, with a mask."""
+    cache = state.cache
+    state.positions += 1
+    cache.place = torch.tensor([cache.length], device=token.device)
+    filled = torch.arange(state.mask.shape[1], device=token.device) <= cache.length
+    may_look = (state.mask & filled)[:, None, None]
+    state.logits = compiled_read()(state.reader, token[:, None], state.positions, may_look, cache)
+    cache.length += 1
 
 
 def _precision(model: MiniMind) -> torch.dtype:
@@ -247,6 +294,20 @@ def _precision(model: MiniMind) -> torch.dtype:
     kind = model.device.type
     on = torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else model.lm_head.weight.dtype
+
+
+@contextmanager
+def _ready(
+    model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[None]:
+    """Check the prompts and hold the model in eval mode."""
+    _check_prompts(model, prompts, max_new_tokens)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

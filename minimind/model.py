@@ -82,8 +82,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of everything seen so far, in memory allocated once.
 
-    `keys` and `values` are (layers, B, K, capacity, D); `length` positions are filled.
+    `keys` and `values` are (layers, B, K, capacity, D); `length` positions are filled. With
+    `place` (a tensor with the next position) the shapes of all steps are the same, as compiled code
+    wants it: the whole capacity is returned, and a mask must hide what is not filled.
     """
+
+    place: Tensor | None = None
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> None:
         c = config
@@ -96,6 +100,11 @@ class KVCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store T new keys and values (B, K, T, D); return all S of them (B, K, S, D)."""
+        if self.place is not None:
+            keys, values = self.keys[layer], self.values[layer]
+            keys.index_copy_(2, self.place, key.to(keys.dtype))
+            values.index_copy_(2, self.place, value.to(values.dtype))
+            return keys, values
         end = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : end] = key
         self.values[layer, :, :, self.length : end] = value

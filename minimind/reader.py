@@ -9,6 +9,9 @@ Left out: gradients and dropout. The weights are a copy; make a new Reader when 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +35,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x·Wᵀ in the dtype of the weight, without gradients."""
     x = x.to(weight.dtype)
-    if ONEDNN and weight.dtype == torch.float32 and weight.device.type == "cpu":
+    on_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    if ONEDNN and on_cpu and weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
@@ -108,10 +112,21 @@ class Reader:
             ids: (B, T); positions: (B or 1, T).
             mask: (B or 1, 1, T, S), True = may look; None as in `attend`.
         """
+        logits = self.read(ids, positions, mask, cache)
+        cache.length += ids.shape[1]
+        return logits
+
+    def read(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
+        """The arithmetic of the call."""
         cos, sin = rotary_embedding(positions, self.frequencies, self.rope_scale)
         rotary = cos.transpose(1, 2), sin.transpose(1, 2)  # (B or 1, T, 1, D)
         x = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)
-        cache.length += ids.shape[1]
         return linear(self.norm(x[:, -1]), self.head)
+
+
+@cache
+def compiled_read() -> Callable[..., Tensor]:
+    """Return `Reader.read` compiled; every later Reader of the same shape uses the same code."""
+    return torch.compile(Reader.read, dynamic=False)  # imported and compiled when first used

@@ -19,9 +19,13 @@ import checks  # noqa: E402
 
 from minimind import MiniMind, ModelConfig  # noqa: E402
 from minimind.data import pack, useful_share  # noqa: E402
+from minimind.evaluate import pass_at_k  # noqa: E402
 from minimind.lora import adapters, add_lora, lora_state, merge_lora  # noqa: E402
 from minimind.model import MoE, RMSNorm, apply_rotary, positions_and_mask, rotary_embedding  # noqa: E402
+from minimind.stages import reason  # noqa: E402
+from minimind.stages.common import k3  # noqa: E402
 from minimind.stages.dpo import dpo_loss, sequence_logps  # noqa: E402
+from minimind.stages.grpo import group_advantages  # noqa: E402
 from minimind.stages.pretrain import next_token_loss  # noqa: E402
 from minimind.stages.sft import chat_labels  # noqa: E402
 from minimind.trainer import learning_rate  # noqa: E402
@@ -209,8 +213,13 @@ def mixture_by_softmax_of_chosen(x, router, experts, k):
         ("next_token_loss", next_token_loss),
         ("schedule", learning_rate),
         ("chat_labels", chat_labels),
+        ("group_advantages", group_advantages),
+        ("k3", k3),
+        ("pass_at_k", pass_at_k),
         ("sequence_logps", sequence_logps),
         ("dpo_loss", lambda *arguments: dpo_loss(*arguments)[0]),
+        ("weighted_token_loss", reason.weighted_token_loss),
+        ("tag_weights", lambda ids, *rest: reason.tag_weights(*rest)),
     ],
 )
 def test_another_right_answer_passes(name, function):

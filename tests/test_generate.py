@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import torch
 
 from minimind import UserError, chat, generate
-from minimind.generate import next_token_probabilities, sample
+from minimind.generate import next_token_probabilities, row_streams, sample, sample_rollouts
+from minimind.reader import Reader
 
 
 @torch.no_grad()
@@ -82,3 +85,124 @@ def test_chat_returns_text(small_model, tokenizer):
     model = small_model(vocab_size=tokenizer.vocab_size)
     answer = chat(model, tokenizer, [{"role": "user", "content": "Hello!"}], max_new_tokens=5)
     assert isinstance(answer, str) and "<|im_end|>" not in answer
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14]]
+SETTINGS = [{}, {"qk_norm": True, "tie_word_embeddings": False}, {"use_moe": True}]
+
+
+def fresh_logps(model, rollouts):
+    logits = model(rollouts.input_ids)[:, :-1].log_softmax(-1)
+    logps = logits.gather(-1, rollouts.input_ids[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(logps, (1, 0)) * rollouts.mask
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6], [7, 8], [9, 3]]])
+def test_logps_of_the_sampling_equal_those_of_a_fresh_forward(settings, prompts, small_model):
+    model = small_model(vocab_size=20, **settings)
+    rollouts = sample_rollouts(model, prompts, 5, 9, eos_id=2, seed=3)
+    assert len({len(c) for c in rollouts.completions}) > 1  # some ended, some were cut
+    torch.testing.assert_close(rollouts.logps, fresh_logps(model, rollouts), atol=1e-4, rtol=0)
+    assert (rollouts.logps[rollouts.mask] < 0).all()
+
+
+def test_rows_stand_in_order_and_need_no_mask(small_model):
+    rollouts = sample_rollouts(small_model(vocab_size=20), PROMPTS, 4, 9, eos_id=2, seed=3)
+    assert rollouts.prompt_ids == [p for p in PROMPTS for _ in range(4)]
+    for n, (prompt, answer) in enumerate(
+        zip(rollouts.prompt_ids, rollouts.completions, strict=True)
+    ):
+        length = len(prompt) + len(answer)
+        assert rollouts.prompt_lengths[n] == len(prompt)
+        assert rollouts.input_ids[n].tolist() == prompt + answer + [0] * (
+            rollouts.input_ids.shape[1] - length
+        )
+        sampled = list(range(len(prompt), length))
+        assert rollouts.mask[n].nonzero()[:, 0].tolist() == sampled
+        assert bool(rollouts.finished[n]) == (answer[-1] == 2)
+
+
+def test_an_answer_that_never_ends_is_cut_and_counted(small_model):
+    model = small_model()
+    rollouts = sample_rollouts(model, [[5, 6], [7]], 3, 6, eos_id=120, seed=0)
+    assert rollouts.truncated.all() and [len(c) for c in rollouts.completions] == [6] * 6
+    eos = rollouts.completions[0][5]
+    again = sample_rollouts(model, [[5, 6], [7]], 3, 6, eos_id=eos, seed=0)
+    assert again.completions[0] == rollouts.completions[0]
+    assert again.finished[0]  # its very last token was the end: not cut
+
+
+def test_a_group_is_what_the_prompt_alone_repeated_would_sample(small_model):
+    model = small_model(vocab_size=20)
+    repeated = [p for p in PROMPTS for _ in range(3)]
+    rollouts = sample_rollouts(model, PROMPTS, 3, 12, eos_id=2, seed=5)
+    assert rollouts.completions == generate(model, repeated, 12, eos_id=2, seed=5)
+    assert len({tuple(c) for c in rollouts.completions}) == 9
+
+
+def test_rollouts_do_not_depend_on_other_prompts(small_model):
+    model = small_model(vocab_size=20)
+    together = sample_rollouts(model, PROMPTS, 3, 12, eos_id=2, seed=5)
+    alone = sample_rollouts(model, PROMPTS[:1], 3, 12, eos_id=2, seed=5)
+    assert alone.completions == together.completions[:3]
+
+
+def test_rollouts_follow_the_trained_distribution(small_model):
+    model = small_model(vocab_size=5)
+    rollouts = sample_rollouts(model, [[1, 3]], 4000, 1, eos_id=2, seed=1)
+    counts = torch.tensor([c[0] for c in rollouts.completions]).bincount(minlength=5) / 4000
+    expected = model(torch.tensor([[1, 3]]))[0, -1].softmax(-1)
+    torch.testing.assert_close(counts, expected, atol=0.03, rtol=0)
+
+
+def test_streams_of_two_seeds_have_nothing_in_common():
+    first, second = row_streams(4, 6, seed=1), row_streams(4, 6, seed=2)
+    assert not set(first.flatten().tolist()) & set(second.flatten().tolist())
+    assert torch.equal(first[:2], row_streams(2, 6, seed=1))
+    assert torch.equal(row_streams(2, 9, seed=1)[:, :6], first[:2])
+
+
+def test_rows_that_end_leave_the_batch(small_model, monkeypatch):
+    sizes = []
+    read = Reader.read
+    monkeypatch.setattr(
+        Reader, "read", lambda r, i, *rest: sizes.append(len(i)) or read(r, i, *rest)
+    )
+    rollouts = sample_rollouts(small_model(vocab_size=20), PROMPTS, 8, 12, eos_id=2, seed=0)
+    lengths = torch.tensor([len(c) for c in rollouts.completions])
+    assert sizes == [3, *(int((lengths > s).sum()) for s in range(1, int(lengths.max())))]
+
+
+def test_weights_that_have_changed_are_read_anew(small_model):
+    model = small_model(vocab_size=20)
+    before = generate(model, PROMPTS, 8, temperature=0)
+    model.model.layers[0].mlp.down_proj.weight.data.neg_()
+    after = generate(model, PROMPTS, 8, temperature=0)
+    assert before != after == [one_by_one(model, p, 8, eos_id=None) for p in PROMPTS]
+
+
+def test_autocast_is_taken_over(small_model):
+    model = small_model(vocab_size=20, qk_norm=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rollouts = sample_rollouts(model, PROMPTS, 6, 9, eos_id=2, seed=3)
+        fresh = fresh_logps(model, rollouts).float()
+    difference = (rollouts.logps - fresh).abs().max()
+    assert 1e-5 < difference < 0.15  # bfloat16 has three digits; sums in another order differ
+    exact = (rollouts.logps - fresh_logps(model, rollouts)).abs().mean()
+    assert (rollouts.logps - fresh).abs().mean() < exact
+
+
+def test_compiled_steps_sample_the_same(small_model, monkeypatch):
+    eager = torch.compile(Reader.read, dynamic=False, backend="eager")
+    monkeypatch.setattr(sys.modules["minimind.generate"], "compiled_read", lambda: eager)
+    model = small_model(vocab_size=20)
+    plain = sample_rollouts(model, PROMPTS, 3, 9, eos_id=2, seed=3)
+    compiled = sample_rollouts(model, PROMPTS, 3, 9, eos_id=2, seed=3, compiled=True)
+    assert compiled.completions == plain.completions
+    torch.testing.assert_close(compiled.logps, plain.logps, atol=1e-5, rtol=0)
+
+
+def test_no_generation_is_refused(small_model):
+    with pytest.raises(UserError, match="num_generations=0"):
+        sample_rollouts(small_model(vocab_size=20), PROMPTS, 0, 4, eos_id=2)

@@ -10,6 +10,8 @@ from minimind.stages.dpo import dpo_task
 from minimind.stages.grpo import grpo_task
 from minimind.stages.lora import lora_task
 from minimind.stages.pretrain import pretrain_task
+from minimind.stages.reason import reason_task
+from minimind.stages.reward import reward_task
 from minimind.stages.sft import sft_task
 from minimind.stages.spo import spo_task
 
@@ -18,6 +20,8 @@ STAGES = {
     "sft": sft_task,
     "lora": lora_task,
     "dpo": dpo_task,
+    "reward": reward_task,
+    "reason": reason_task,
     "grpo": grpo_task,
     "spo": spo_task,
     "distill": distill_task,

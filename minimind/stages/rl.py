@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from minimind.checkpoint import load
 from minimind.config import GRPOConfig, SPOConfig
 from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
 from minimind.errors import UserError
 from minimind.generate import sample_rollouts
 from minimind.precision import autocast
-from minimind.rewards import Rewards, exact
+from minimind.rewards import LearnedReward, Rewards, exact, folder_scorer
 from minimind.stages.common import token_logps
+from minimind.stages.reward import score_conversations
 from minimind.tokenizer import Tokenizer
 
 ROWS = 32  # answers in one forward pass of an update; sorted by length they need little padding
@@ -29,9 +32,27 @@ RLConfig = GRPOConfig | SPOConfig
 Reward = Callable[[Sequence[dict], Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
-def make_reward(config: RLConfig) -> Reward:
-    """Return what the stage pays for: the right answer, and nothing that can be had without it."""
-    return Rewards([("exact", 1.0)])
+def make_reward(config: RLConfig, problems: Sequence[dict], device: torch.device) -> Reward:
+    """Return what the stage pays for.
+
+    If every problem can be verified: the right answer, and nothing that can be had without it.
+    Problems without an "answer" are judged by a reward model, the one of `reward_model_path` or our
+    own; with `reasoning` the form with tags is paid for as well, as the guide does.
+
+    Raises:
+        UserError: a reward model is needed and is missing or cannot be used.
+    """
+    if all("answer" in row for row in problems):
+        return Rewards([("exact", 1.0)])
+    path = config.reward_model_path
+    if path and not path.endswith(".pth"):
+        score = folder_scorer(path, bool(config.allow_remote_code), device)
+    else:
+        model, tokenizer = load(path or "reward", config.out_dir)
+        score = partial(score_conversations, model.to(device), tokenizer)
+    learned = LearnedReward(score, bool(config.reasoning))
+    form = [("format", 1.0), ("tags", 1.0)] if config.reasoning else []
+    return Rewards([("exact", 1.0), (learned, 1.0), *form])
 
 
 def check_problem(row: dict) -> str | None:

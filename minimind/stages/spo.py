@@ -155,6 +155,17 @@ def spo_loss(
     return loss, {"kl": sequence_mean(kl, mask).detach()}
 
 
+def unit_rewards(rewards: Tensor, span: tuple[float, float]) -> Tensor:
+    """Map rewards (N,) from their span (lowest, highest) to [0, 1], for the tracker.
+
+    What lies outside stays outside, so that the tracker refuses it, but for rounding.
+    """
+    low, high = span
+    unit = (rewards - low) / (high - low)
+    inside = unit.clamp(0, 1)
+    return torch.where((unit - inside).abs() < 1e-5, inside, unit)
+
+
 def sampling_weights(values: Tensor, epsilon: float) -> Tensor:
     """Return how often each problem should be drawn, relative to the others: √(v(1-v)) + ε (N,).
 
@@ -178,6 +189,7 @@ class SPO:
     """The stage at work, and its memory: the tracker, and what is needed to see the policy move.
 
     Attributes:
+        span: the lowest and the highest reward that are possible.
         keys: of each problem, see `problem_key`.
         path: nats per token that the policy has moved in all, summed step by step.
         seen: key to the `path` when its belief was last updated.
@@ -189,6 +201,7 @@ class SPO:
     problems: Sequence[dict]
     reference: nn.Module
     reward: Reward
+    span: tuple[float, float] = (0.0, 1.0)
     tracker: ValueTracker = field(default_factory=ValueTracker)
     path: float = 0.0
     seen: dict[str, float] = field(default_factory=dict)
@@ -208,7 +221,7 @@ class SPO:
         drawn = self.draw(sum(len(batch["row"]) for batch in batches), step)
         rows, keys = [self.problems[i] for i in drawn], [self.keys[i] for i in drawn]
         answers = sample_answers(model, rows, 1, config, self.tokenizer, self.reward, step)
-        rewards = answers.rewards
+        rewards = unit_rewards(answers.rewards, self.span)
         values = self.tracker.baseline(keys)  # before it sees these rewards
         columns = {"advantages": spo_advantages(rewards, values)}
         training = training_batches(answers, columns, self.tokenizer.pad_id)
@@ -293,7 +306,8 @@ def spo_task(config: SPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
             "a step, and one answer has nothing to be compared with. Raise either."
         )
     problems, warnings = read_problems(config, tokenizer, model.config.max_position_embeddings)
-    stage = SPO(config, tokenizer, problems, frozen_copy(model), make_reward(config))
+    reward = make_reward(config, problems, model.device)
+    stage = SPO(config, tokenizer, problems, frozen_copy(model), reward, reward.span)
     return Task(
         train=[{"row": [i]} for i in range(len(problems))],
         heldout=[],  # the loss says nothing of the skill; evaluate.py samples instead

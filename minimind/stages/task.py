@@ -44,7 +44,7 @@ class Task:
     lengths: Sequence[int]
     collate: Callable[[Sequence[Example]], Batch]
     loss: Callable[[nn.Module, Batch], tuple[Tensor, Metrics]]
-    count: Callable[[Batch], int]
+    count: Callable[[Batch], float]
     rollout: (
         Callable[[nn.Module, Sequence[Batch], int], tuple[list[list[Batch]], dict[str, float]]]
         | None

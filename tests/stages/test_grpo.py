@@ -1,5 +1,6 @@
 """GRPO: its two formulas against slow ones written out, the rollouts, and the run as a whole."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -11,8 +12,12 @@ import minimind
 from minimind import UserError
 from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import stage_config
+from minimind.evaluate import MEASURES, THOUGHT, Answer, kl_per_token, pass_at_k
+from minimind.generate import sample_rollouts
+from minimind.plots import reward_curve
 from minimind.stages.common import frozen_copy, k3
 from minimind.stages.grpo import GRPO, group_advantages, grpo_loss
+from minimind.stages.rl import prompt_ids
 from minimind.trainer import Run, make_optimizers, make_scaler, optimizer_step
 
 EPS = 0.2
@@ -425,3 +430,57 @@ def test_long_prompts_are_left_out_whole_and_counted(settings, capsys):
     left_out = result.metrics["prompt longer than max_seq_len=21, left out"]
     assert 0 < left_out < 6 and f"{left_out} x prompt longer" in capsys.readouterr().out
     assert result.metrics["steps"] == math.ceil((6 - left_out) / 4)
+
+
+# What is measured
+
+
+def test_pass_at_k_counts_all_choices():
+    for samples, right, k in [(5, 2, 3), (8, 0, 4), (6, 5, 2), (7, 1, 7)]:
+        verdicts = [i < right for i in range(samples)]
+        choices = list(itertools.combinations(verdicts, k))
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_the_kl_is_the_sum_over_the_vocabulary_at_every_sampled_token(small_model, tokenizer):
+    model, other = (small_model(vocab_size=tokenizer.vocab_size, num_hidden_layers=1) for _ in "12")
+    rows = problems(3)
+    assert kl_per_token(model, model, tokenizer, rows) == pytest.approx(0, abs=1e-6)
+    sampled = sample_rollouts(
+        model, [prompt_ids(row, tokenizer) for row in rows], 1, THOUGHT, tokenizer.eos_id, seed=0
+    )
+    total = tokens = 0
+    with torch.no_grad():
+        for prompt, said in zip(sampled.prompt_ids, sampled.completions, strict=True):
+            for t in range(len(said)):
+                ids = torch.tensor([prompt + said[:t]])
+                p, q = (m(ids)[0, -1].softmax(-1) for m in (model, other))
+                total, tokens = total + float((p * (p / q).log()).sum()), tokens + 1
+    assert kl_per_token(model, other, tokenizer, rows) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_the_measures_tell_hard_from_easy_and_stay_within_bounds(small_model, tokenizer):
+    model = small_model(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+    measures, found = MEASURES["grpo"](model, tokenizer, 7)
+    assert set(measures) == {"sampled_hard", "greedy_hard", "pass_at_8_hard", "sampled_easy",
+                             "greedy_easy", "tokens_hard"}  # fmt: skip
+    easy, hard = (measures[f"greedy_{name}"].held_out_examples for name in ("easy", "hard"))
+    assert easy + hard == len(found) and min(easy, hard) > 0
+    assert all(0 <= m.value <= 1 for name, m in measures.items() if name != "tokens_hard")
+
+
+def test_an_answer_is_right_by_what_stands_in_its_tags():
+    assert Answer("q", "4", "<think>a4;</think><answer>4</answer>").right
+    assert not Answer("q", "4", "<think>4</think><answer>5</answer>").right
+    assert Answer("q", "It is 4.", " It is 4.\n").right
+
+
+def test_the_picture_of_a_run_is_its_reward():
+    history = [
+        {"step": s, "reward": s / 9, "accuracy": s / 10, "kl": s / 50, "loss": 0.0}
+        for s in (1, 5, 9)
+    ]
+    left, right = reward_curve(history, "grpo").axes
+    assert [line.get_label() for line in left.lines] == ["reward", "accuracy"]
+    assert list(left.lines[0].get_ydata()) == [1 / 9, 5 / 9, 1.0]
+    assert list(right.lines[0].get_ydata()) == [0.02, 0.1, 0.18]

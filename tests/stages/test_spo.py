@@ -10,6 +10,7 @@ import minimind
 from minimind import UserError
 from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import stage_config
+from minimind.rewards import Rewards
 from minimind.stages.common import frozen_copy
 from minimind.stages.grpo import grpo_loss
 from minimind.stages.spo import (
@@ -19,6 +20,7 @@ from minimind.stages.spo import (
     sampling_weights,
     spo_advantages,
     spo_loss,
+    unit_rewards,
 )
 from minimind.trainer import Run, make_optimizers, make_scaler, optimizer_step
 
@@ -169,6 +171,18 @@ def test_what_stands_beyond_the_end_does_not_matter(sampled):
     assert float(loss.detach()) == float(clean.detach()) and spoiled.grad.isfinite().all()
 
 
+def test_rewards_of_any_scale_are_mapped_to_where_a_beta_lives():
+    span = Rewards([("exact", 2.0), ("length", 0.5), (by_kind, 0.1)]).span
+    assert span == pytest.approx((-0.5 - 0.3, 2 + 0.3))  # a model's score lies within ±3
+    found = unit_rewards(torch.tensor([-0.8, 0.75, 2.3]), span)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.5, 1.0]))
+    assert found.min() >= 0 and found.max() <= 1
+    ValueTracker().update(["a", "b", "c"], found, 0.0)
+    beyond = unit_rewards(torch.tensor([4.0]), span)
+    with pytest.raises(UserError, match=r"reward of 'a' is 1\.5"):
+        ValueTracker().update(["a"], beyond, 0.0)
+
+
 # What is drawn
 
 
@@ -218,11 +232,11 @@ def make_stage(small_model, tokenizer):
 
 def short(rows, texts):
     """A reward that can be learnt in a moment: stop early."""
-    return torch.tensor([float(len(text) < 9) for text in texts])
+    return torch.tensor([float(len(text) < 9) for text in texts]), {}
 
 
 def by_kind(rows, texts):
-    return torch.tensor([0.9 if row["kind"] == "even" else 0.3 for row in rows])
+    return torch.tensor([0.9 if row["kind"] == "even" else 0.3 for row in rows]), {}
 
 
 PROMPTS = [{"row": torch.tensor([0, 3, 1])}, {"row": torch.tensor([5])}]
@@ -333,10 +347,10 @@ def settings(tmp_path, small_model, tokenizer):
 def some_are_right(monkeypatch):
     """Rewards that depend on the sample, so that what the tracker knows is not trivial."""
 
-    def reward(rows, texts):
+    def letters(rows, texts):
         return torch.tensor([len(text) % 3 / 2 for text in texts])
 
-    monkeypatch.setattr("minimind.stages.spo.make_reward", lambda *_: reward)
+    monkeypatch.setattr("minimind.stages.spo.make_reward", lambda *_: Rewards([(letters, 1.0)]))
 
 
 def same_but_for_time(one, other):
