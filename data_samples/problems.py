@@ -34,9 +34,9 @@ def lengths(reserved: bool, rows: int, long_share: float) -> list[int]:
 
 
 def reasoning(random_: random.Random, reserved: bool = False) -> list[dict]:
-    """Chat rows with a thought; one in ten is a longer problem, met but not mastered."""
+    """Chat rows with a thought; one in fourteen is a longer problem, met but not mastered."""
     rows = []
-    for operations in lengths(reserved, 8000, long_share=0.1):
+    for operations in lengths(reserved, 8000, long_share=0.07):
         chain = draw_chain(random_, operations, reserved)
         rows.append(
             {**conversation([(question(random_, chain), thought(chain))]), "kind": str(operations)}
