@@ -1,4 +1,4 @@
-"""How fast a configuration trains here: tokens per second, share of the machine's peak, memory."""
+"""How fast a configuration trains and samples here: tokens per second, share of the peak, memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from minimind.config import TrainConfig
+from minimind.errors import UserError
+from minimind.generate import sample_rollouts
+from minimind.interop import hf_config, needed
 from minimind.model import MiniMind
-from minimind.precision import pick_dtype
+from minimind.precision import autocast, pick_dtype
 from minimind.stages.pretrain import count_labels, language_model_loss
 from minimind.stages.task import Task
 from minimind.trainer import (
@@ -59,15 +63,17 @@ def flops_per_token(model: MiniMind, length: int) -> float:
     return 6 * used + 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * length
 
 
-def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Return the median time of `work` over `repeats` runs, after two runs that do not count."""
+def median_seconds(
+    work: Callable[[], object], repeats: int, device: torch.device, warmup: int = 2
+) -> float:
+    """Return the median time of `work` over `repeats` runs, after `warmup` runs that do not count."""
     times = []
-    for i in range(repeats + 2):
+    for i in range(repeats + warmup):
         started = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if i >= 2:
+        if i >= warmup:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
 
@@ -118,4 +124,76 @@ def bench_text(config: TrainConfig, speed: Speed) -> str:
             f"{speed.matmul_peak_flops / 1e9:,.0f} GFLOP/s",
             f"peak memory     {speed.peak_memory_mib:,.0f} MiB",
         ]
+    )
+
+
+@dataclass
+class SamplingSpeed:
+    """Sampled tokens per second, prompts included in the time: ours and transformers', best of all runs."""
+
+    dtype: str
+    rows: int
+    prompts: int
+    new_tokens: int
+    ours: float
+    transformers: float
+
+
+def bench_generate(
+    config: TrainConfig, vocab_size: int = 6400, rows: int = 64, length: int = 32, new_tokens: int = 80,
+    repeats: int = 5,
+) -> list[SamplingSpeed]:  # fmt: skip
+    """Time sampling beside transformers' `generate`: same weights, precision, prompts and lengths.
+
+    Both sample at temperature 1 from all tokens, and no row ends early. The runs take turns, and the
+    best of each counts, so that what else the machine does favours neither. Once all prompts differ;
+    once there are groups of 8, as in reinforcement learning.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    model = MiniMind(model_config(config, vocab_size)).to(device).eval()
+    twin = transformers_twin(model).to(device, dtype)
+    found = []
+    for prompts in (rows, rows // 8):
+        copies = rows // prompts
+        ids = torch.randint(vocab_size, (prompts, length), device=device)
+
+        def ours(ids: Tensor = ids, copies: int = copies) -> None:
+            with autocast(config, device):
+                sample_rollouts(model, ids.tolist(), copies, new_tokens, eos_id=-1, seed=0)
+
+        def theirs(ids: Tensor = ids, copies: int = copies) -> None:
+            twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                          num_return_sequences=copies, min_new_tokens=new_tokens, max_new_tokens=new_tokens)  # fmt: skip
+
+        times = [(median_seconds(ours, 1, device, 0), median_seconds(theirs, 1, device, 0))
+                 for _ in range(repeats + 1)][1:]  # fmt: skip
+        speeds = [rows * new_tokens / min(side) for side in zip(*times, strict=True)]
+        found.append(
+            SamplingSpeed(str(dtype).removeprefix("torch."), rows, prompts, new_tokens, *speeds)
+        )
+    return found
+
+
+def transformers_twin(model: MiniMind) -> nn.Module:
+    """Return transformers' model with the same weights. UserError for a mixture of experts."""
+    transformers = needed("transformers", "test")
+    values = hf_config(model.config)
+    if model.config.use_moe:
+        raise UserError("The comparison is for dense models. Leave use_moe out.")
+    config = transformers.AutoConfig.for_model(
+        **{**values, "eos_token_id": None, "pad_token_id": 0}
+    )
+    twin = transformers.AutoModelForCausalLM.from_config(config)
+    twin.load_state_dict(model.state_dict())
+    return twin.eval()
+
+
+def sampling_text(found: list[SamplingSpeed]) -> str:
+    """Return the comparison as lines to print."""
+    return "\n".join(
+        f"{s.rows} rows, {s.prompts} prompts, {s.new_tokens} new tokens, {s.dtype}, "
+        f"{torch.get_num_threads()} threads: {s.ours:,.0f} tokens/s, transformers "
+        f"{s.transformers:,.0f}: {s.ours / s.transformers:.1f} times as fast"
+        for s in found
     )

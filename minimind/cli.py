@@ -14,7 +14,7 @@ from typing import Literal
 
 import tyro
 
-from minimind.bench import bench, bench_text
+from minimind.bench import bench, bench_generate, bench_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
@@ -117,6 +117,8 @@ class Bench(PretrainConfig):
     """Time training steps of a configuration: tokens/s, utilisation, memory."""
 
     vocab_size: int = 6400
+    generate: bool = False
+    """Time sampling instead, beside transformers' generate on the same weights."""
 
 
 def folder_of(preset: str, out_dir: str) -> str:
@@ -265,7 +267,10 @@ def run_serve(args: Serve) -> None:
 
 def run_bench(args: Bench) -> None:
     """Measure and print."""
-    print(bench_text(args, bench(args, args.vocab_size)))
+    if args.generate:
+        print(sampling_text(bench_generate(args, args.vocab_size)))
+    else:
+        print(bench_text(args, bench(args, args.vocab_size)))
 
 
 COMMANDS = {
