@@ -23,6 +23,7 @@ from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
 from minimind.stages.common import frozen_copy, k3, sequence_mean, token_logps
 from minimind.stages.rl import (
+    ROWS,
     SAMPLES_EVERY,
     SEEDS_PER_STEP,
     Answers,
@@ -39,7 +40,6 @@ from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 
 FEW = 12  # kinds of problems that are logged one by one
-PROBE = 16  # answers on which the way of the policy is measured
 
 
 class ValueTracker:
@@ -263,7 +263,7 @@ class SPO:
 
     def keep_probe(self, model: nn.Module, answers: Answers) -> None:
         """Keep some of the answers, to see on them how far the coming update moves the policy."""
-        some = torch.arange(len(answers.problems)) < PROBE
+        some = torch.arange(len(answers.problems)) < ROWS
         self.probe = training_batches(answers, {}, self.tokenizer.pad_id, some)[0]
         add_logps("before", model, [self.probe], self.config)
 
