@@ -468,7 +468,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
         "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
-        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=1.0),
+        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
         "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
         "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
         "grpo": dict(
@@ -503,7 +503,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         ),
         "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
-        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=1.0),
+        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
         "reward": dict(_TINY, learning_rate=1e-3, epochs=0.2),
         "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
         "grpo": dict(

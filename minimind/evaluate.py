@@ -51,9 +51,12 @@ class Answer:
 
     @property
     def right(self) -> bool:
-        """Whether the answer (what stands in its answer tags, if it has them) is the expected one."""
-        found = answer_of(self.answer)
-        return (self.answer.strip() if found is None else found) == self.expected.strip()
+        """Whether the answer is the expected one: all of it, or, if no tags are expected, what
+        stands in its answer tags."""
+        said, wanted = self.answer.strip(), self.expected.strip()
+        if answer_of(wanted) is None and answer_of(said) is not None:
+            said = answer_of(said)
+        return said == wanted
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def _steps(
     Yields:
         for every step: the answers in the batch (B,), a token for each, and its probability.
     """
-    state = _prefill(model, prompts, copies, max_new_tokens)
+    state = _prefill(model, prompts, copies, max_new_tokens, compiled)
     advance = _compiled_step if compiled else _step
     rows = torch.arange(len(state.mask), device=model.device)
     uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
@@ -255,13 +255,17 @@ class _State:
 
 
 def _prefill(
-    model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int
+    model: MiniMind,
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    max_new_tokens: int,
+    compiled: bool,
 ) -> _State:
     """Read every prompt once, then copy its keys and values for each of its answers."""
     ids, mask = left_pad(prompts, 0, model.device)
     capacity, padded = ids.shape[1] + max_new_tokens, not bool(mask.all())
     cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
-    reader = Reader(model, _precision(model))
+    reader = Reader(model, _precision(model), rows=0 if compiled else len(prompts) * copies)
     positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
     logits = reader(ids, positions, may_look, cache)
     cache.repeat_rows(copies)

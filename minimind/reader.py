@@ -27,50 +27,58 @@ from minimind.model import (
     rotary_embedding,
 )
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)  # not public, so never relied on
+# Not public, so never relied on: without them F.linear does the same, slower.
+ONEDNN = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x·Wᵀ in the dtype of the weight, without gradients."""
+    """x·Wᵀ in the dtype of the weight, which may be in oneDNN's layout; without gradients."""
     x = x.to(weight.dtype)
-    on_cpu = weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    if ONEDNN and on_cpu and weight.dtype == torch.float32:
+    if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
 
-def _joined(modules: list[nn.Module], dtype: torch.dtype) -> Tensor:
-    """Stack the weights of several projections; an adapter's update is added to its weight."""
+def joined(modules: list[nn.Module], dtype: torch.dtype, rows: int) -> Tensor:
+    """Stack the weights of several projections, laid out for products with `rows` rows if that helps.
+
+    An adapter's update is added to its weight.
+    """
     merged = [m.merged() if hasattr(m, "merged") else m for m in modules]
-    return torch.cat([m.weight.detach() for m in merged]).to(dtype)
+    weight = torch.cat([m.weight.detach() for m in merged]).to(dtype)
+    if rows and ONEDNN and dtype == torch.float32 and weight.device.type == "cpu":
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return weight
 
 
 class _Layer:
     """One block with q, k, v joined, and gate and up."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, rows: int) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.index, self.head_dim = attention.layer, attention.head_dim
         self.norms = block.input_layernorm, block.post_attention_layernorm
-        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = _joined([attention.o_proj], dtype)
-        self.heads, self.kv_heads = (
-            _joined([p], dtype).shape[0] // self.head_dim
-            for p in (attention.q_proj, attention.k_proj)
-        )
+        self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
+        self.out = joined([attention.o_proj], dtype, rows)
+        self.heads = attention.q_proj.weight.shape[0] // self.head_dim
+        self.kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.qk_norm = None
         if attention.qk_norm:  # one norm with a weight for each head: (H + K, D)
             self.qk_norm = RMSNorm(self.head_dim, attention.q_norm.eps)
-            weights = [attention.q_norm.weight] * self.heads + [
-                attention.k_norm.weight
-            ] * self.kv_heads
-            self.qk_norm.weight = nn.Parameter(torch.stack(weights).detach())
+            q, k = (
+                norm.weight.detach().expand(count, -1)
+                for norm, count in (
+                    (attention.q_norm, self.heads),
+                    (attention.k_norm, self.kv_heads),
+                )
+            )
+            self.qk_norm.weight = nn.Parameter(torch.cat([q, k]))
         self.moe = mlp if isinstance(mlp, MoE) else None
         if not self.moe:
-            self.gate_up = _joined([mlp.gate_proj, mlp.up_proj], dtype)
-            self.down = _joined([mlp.down_proj], dtype)
+            self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, rows)
+            self.down = joined([mlp.down_proj], dtype, rows)
 
     def __call__(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache
@@ -93,15 +101,16 @@ class _Layer:
 class Reader:
     """`reader(ids, positions, mask, cache) -> logits` of the last position, (B, V).
 
-    Equals `model(ids, attention_mask, cache)[:, -1]`, computed in `dtype` as under autocast.
+    Equals `model(ids, attention_mask, cache)[:, -1]`, computed in `dtype` as under autocast. `rows`
+    is the usual number of rows, to lay out the weights for; 0 leaves them as they are (compiling).
     """
 
-    def __init__(self, model: MiniMind, dtype: torch.dtype) -> None:
+    def __init__(self, model: MiniMind, dtype: torch.dtype, rows: int = 0) -> None:
         inner = model.model
         self.embedding, self.norm = inner.embed_tokens, inner.norm
         self.frequencies, self.rope_scale = inner.frequencies, inner.rope_scale
-        self.layers = [_Layer(block, dtype) for block in inner.layers]
-        self.head = _joined([model.lm_head], dtype)
+        self.layers = [_Layer(block, dtype, rows) for block in inner.layers]
+        self.head = joined([model.lm_head], dtype, rows)
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache

@@ -252,6 +252,21 @@ def test_a_tiny_run_learns_the_form_and_logs_it(here):
 # The measures
 
 
+@pytest.mark.parametrize(
+    "expected, answer, right",
+    [
+        (GOOD, GOOD + "\n", True),
+        (GOOD, "<think>3+4=8;</think><answer>7</answer>", False),
+        (GOOD, "7", False),
+        ("7", GOOD, True),  # problems of reinforcement learning expect the bare answer
+        ("7", "<answer></answer>", False),
+        ("7", " 7", True),
+    ],
+)
+def test_an_answer_is_right_with_its_thought_if_a_thought_is_expected(expected, answer, right):
+    assert Answer("q", expected, answer).right == right
+
+
 def test_measures_tell_form_number_and_thought_apart(tokenizer):
     right = "<think>a3;b+4=7;c*2=4;</think><answer>4</answer>"
     said = {
