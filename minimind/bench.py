@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from minimind.config import TrainConfig
-from minimind.errors import UserError
+from minimind.errors import UserError, needed
 from minimind.generate import sample_rollouts
-from minimind.interop import hf_config, needed
+from minimind.interop import hf_config
 from minimind.model import MiniMind
 from minimind.precision import autocast, pick_dtype
 from minimind.stages.pretrain import count_labels, language_model_loss

@@ -7,7 +7,9 @@ The command line prints it as one paragraph and exits with code 2; a notebook sh
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class UserError(ValueError):
@@ -25,3 +27,12 @@ def bad_value(what: str, value: object, allowed: Iterable[str], where: str = "")
     guess = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     place = f" {where}" if where else ""
     return UserError(f"Unknown {what} {value!r}{place}.{guess} Known: {', '.join(allowed)}.")
+
+
+def needed(package: str, extra: str) -> ModuleType:
+    """Import a package of an optional extra. UserError that says how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        how = f'pip install -e ".[{extra}]"'
+        raise UserError(f"This needs the package {package}: {how} ({error}).") from error

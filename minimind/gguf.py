@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
-from minimind.errors import UserError
-from minimind.interop import CHAT_TEMPLATE, export_state, family, needed
+from minimind.errors import UserError, needed
+from minimind.interop import CHAT_TEMPLATE, export_state, family
 from minimind.model import MiniMind
 from minimind.tokenizer import Message, Tokenizer
 

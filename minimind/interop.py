@@ -12,10 +12,8 @@ before every shape is known to fit the file. Left out: sharded, quantised and `.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -30,7 +28,7 @@ from minimind.checkpoint import (
     write_atomically,
 )
 from minimind.config import YARN, ModelConfig
-from minimind.errors import UserError
+from minimind.errors import UserError, needed
 from minimind.model import MiniMind
 from minimind.tokenizer import BOS, EOS, PAD, Tokenizer
 
@@ -52,15 +50,6 @@ _MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_top
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,),
           "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "partial_rotary_factor": (1, 1.0),
           "pretraining_tp": (1,), "quantization_config": (), "layer_types": ()}  # fmt: skip
-
-
-def needed(package: str, extra: str) -> ModuleType:
-    """Import a package of an optional extra. UserError that says how to install it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        how = f'pip install -e ".[{extra}]"'
-        raise UserError(f"This needs the package {package}: {how} ({error}).") from error
 
 
 def family(config: ModelConfig) -> str:

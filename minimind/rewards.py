@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minimind.errors import UserError, bad_value
-from minimind.interop import needed
+from minimind.errors import UserError, bad_value, needed
 from minimind.tokenizer import TAGS, Message
 
 FORM = re.compile(

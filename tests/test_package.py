@@ -47,7 +47,7 @@ def test_importing_minimind_is_quick():
 
 ORDER = ["errors", "config", "precision", "tokenizer", "model", "data", "lora", "reader", "generate", "checkpoint", "rewards", "stages.task",
          "stages.common", "stages.pretrain", "stages.sft", "stages.lora", "stages.dpo", "stages.reason", "stages.reward",
-         "stages.rl", "stages.grpo", "stages.spo", "stages.distill", "stages", "tracking", "trainer", "bench", "evaluate", "baselines", "course", "interop", "gguf", "scoring", "serve",
+         "stages.rl", "stages.grpo", "stages.spo", "stages.distill", "stages", "tracking", "trainer", "evaluate", "baselines", "course", "interop", "bench", "gguf", "scoring", "serve",
          "download", "prepare", "cli"]  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def lines_of_code(path):
 
 def test_the_package_stays_small():
     """What trains, samples and measures; the ways in and out are a small package beside it."""
-    doors = {"interop", "gguf", "scoring", "serve", "cli"}
+    doors = {"interop", "bench", "gguf", "scoring", "serve", "cli"}
     core = [path for path in PACKAGE if path.stem not in doors]
-    assert sum(map(lines_of_code, core)) <= 3700
-    assert sum(map(lines_of_code, PACKAGE)) <= 4900
+    assert sum(map(lines_of_code, core)) <= 4100
+    assert sum(map(lines_of_code, PACKAGE)) <= 5200

@@ -43,7 +43,8 @@ def test_commands_of_the_readme_run(command, out_dir, capsys, monkeypatch):
     stage, flags = command[0], list(command[1:])
     if stage in CONFIGS:
         cli.parse(CONFIGS[stage], flags, stage)  # the very flags, as they stand
-        path = data_samples(f"{'grpo' if stage == 'spo' else stage}.jsonl")
+        stem = {"spo": "grpo", "reward": "dpo"}.get(stage, stage)
+        path = data_samples(f"{stem}.jsonl")
         flags += shlex.split(f"{SMALL}{MORE.get(stage, '')} --data_path {path} --out_dir {out_dir}")
         cli.dispatch([stage, *flags])
         assert "Saved" in capsys.readouterr().out
