@@ -19,10 +19,11 @@ from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
 from minimind.errors import UserError, bad_value, needed
-from minimind.evaluate import MEASURES, samples
+from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
 from minimind.interop import load, stretch, trained_length, write_hf
+from minimind.measures import MEASURES
 from minimind.model import MiniMind
 from minimind.scoring import (
     bits_per_byte_of,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from minimind.errors import UserError, bad_value
+from minimind.presets import PRESETS
 
 
 def round_up(value: float, multiple: int = 64) -> int:
@@ -443,100 +444,8 @@ class DistillConfig(TrainConfig):
 
 CONFIGS: dict[str, type[TrainConfig]] = {
     "pretrain": PretrainConfig, "sft": SFTConfig, "lora": LoRAConfig, "dpo": DPOConfig, "reward": RewardConfig,
-    "reason": ReasonConfig,
-    "grpo": GRPOConfig, "spo": SPOConfig, "distill": DistillConfig,
+    "reason": ReasonConfig, "grpo": GRPOConfig, "spo": SPOConfig, "distill": DistillConfig,
 }  # fmt: skip
-
-# What `course` and `tiny` change for every stage, then for each stage.
-_SMALL_MODEL = dict(qk_norm=True, rope_theta=1e4, num_attention_heads=4, dtype="auto")
-_COURSE_RUN = dict(
-    _SMALL_MODEL, out_dir="out/course", adam_beta2=0.99, batch_size=24, max_seq_len=128,
-    warmup_steps=30, weight_decay=0.1,
-)  # fmt: skip
-_COURSE = dict(_COURSE_RUN, hidden_size=128, num_hidden_layers=4)
-_TINY_RUN = dict(
-    _SMALL_MODEL, out_dir="out/tiny", batch_size=8, max_seq_len=128, warmup_steps=5,
-    log_interval=2, save_interval=20, dtype="float32",
-)  # fmt: skip
-_TINY = dict(_TINY_RUN, hidden_size=64, num_hidden_layers=2)
-_FEED_FORWARD = dict(lora_r=4, lora_alpha=8, target_modules=("gate_proj", "up_proj", "down_proj"))
-PRESETS: dict[str, dict[str, dict]] = {
-    "full": {},
-    "course": {
-        "pretrain": dict(
-            _COURSE, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=2.4
-        ),
-        "sft": dict(_COURSE, learning_rate=5e-4, epochs=2.5, batch_size=32),
-        "lora": dict(_COURSE, **_FEED_FORWARD, learning_rate=3e-3, epochs=4, batch_size=32),
-        "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=0.2),
-        "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
-        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
-        "grpo": dict(
-            _COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0
-        ),
-        "spo": dict(
-            _COURSE,
-            learning_rate=1e-4,
-            epochs=2,
-            batch_size=128,
-            accumulation_steps=1,
-            max_new_tokens=80,
-        ),
-        "distill": dict(
-            _COURSE_RUN,
-            teacher_preset="course",
-            learning_rate=1e-3,
-            epochs=15,
-            batch_size=32,
-            alpha=0.2,
-            temperature=4.0,
-            teacher_hidden_size=128,
-            teacher_num_layers=4,
-            student_hidden_size=128,
-            student_num_layers=3,
-            student_from_teacher=1,
-        ),
-    },
-    "tiny": {
-        "pretrain": dict(
-            _TINY, learning_rate=3e-3, optimizer="muon", accumulation_steps=1, epochs=0.02
-        ),
-        "sft": dict(_TINY, learning_rate=1e-3, epochs=0.05),
-        "lora": dict(_TINY, **_FEED_FORWARD, learning_rate=1e-3, epochs=0.2),
-        "dpo": dict(_TINY, learning_rate=1e-4, epochs=0.2, sft_coef=0.2),
-        "reward": dict(_TINY, learning_rate=1e-3, epochs=0.2),
-        "reason": dict(_TINY, learning_rate=1e-3, epochs=0.05),
-        "grpo": dict(
-            _TINY,
-            learning_rate=1e-4,
-            epochs=0.01,
-            batch_size=2,
-            num_generations=4,
-            max_new_tokens=16,
-        ),
-        "spo": dict(
-            _TINY,
-            learning_rate=1e-4,
-            epochs=0.02,
-            batch_size=8,
-            accumulation_steps=1,
-            max_new_tokens=16,
-        ),
-        "distill": dict(
-            _TINY_RUN,
-            teacher_preset="tiny",
-            learning_rate=1e-3,
-            epochs=0.2,
-            alpha=0.2,
-            temperature=4.0,
-            teacher_hidden_size=64,
-            teacher_num_layers=2,
-            student_hidden_size=64,
-            student_num_layers=1,
-            student_from_teacher=1,
-        ),
-    },
-}
 
 
 def data_samples(name: str = "") -> Path:

@@ -116,6 +116,6 @@ def before_after(report: dict) -> Figure:
     after = ax.barh(y - 0.2, [row[2] for row in rows], 0.36, color=BLUE, label="after")
     ax.bar_label(after, fmt="%.2f", fontsize=8, padding=2)
     ax.set_yticks(y, [row[0] for row in rows])
-    ax.set(xlim=(0, 1.1), xlabel="share right on held-out examples")
+    ax.set(xlim=(0, 1.1), ylim=(-1, len(rows)), xlabel="share right on held-out examples")
     ax.legend(frameon=False, loc="lower right")
     return figure

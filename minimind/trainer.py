@@ -69,7 +69,7 @@ def train(
     """Train one stage and save its weight.
 
     Args:
-        stage: one of `pretrain sft lora dpo reason grpo spo distill`.
+        stage: one of `pretrain sft lora dpo reward reason grpo spo distill`.
         preset: "tiny", "course" or "full".
         callback: called as `callback(step, model)` before the first step and after every step;
             for measurements along the way.

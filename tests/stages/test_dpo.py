@@ -7,10 +7,11 @@ import torch
 from helpers import SMALL, write_lines
 
 from minimind import MiniMind, ModelConfig, UserError, load, train
+from minimind.comparisons import by_length
 from minimind.config import stage_config
-from minimind.course import by_length
 from minimind.data import IGNORED, pad_batch
-from minimind.evaluate import Answer, measure_dpo, split_manner, without_closing
+from minimind.evaluate import Answer
+from minimind.measures import measure_dpo, split_manner, without_closing
 from minimind.stages.dpo import (
     SIDES,
     check_pair,

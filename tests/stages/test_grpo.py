@@ -12,8 +12,9 @@ import minimind
 from minimind import UserError
 from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import stage_config
-from minimind.evaluate import MEASURES, THOUGHT, Answer, kl_per_token, pass_at_k
+from minimind.evaluate import Answer, pass_at_k
 from minimind.generate import sample_rollouts
+from minimind.measures import MEASURES, THOUGHT, kl_per_token
 from minimind.plots import reward_curve
 from minimind.stages.common import frozen_copy, k3
 from minimind.stages.grpo import GRPO, group_advantages, grpo_loss

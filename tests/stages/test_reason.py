@@ -6,9 +6,10 @@ import torch
 from helpers import SMALL, write_lines
 
 from minimind import Tokenizer, UserError, train
+from minimind.comparisons import question_and_answer
 from minimind.config import stage_config
-from minimind.course import question_and_answer
-from minimind.evaluate import Answer, reasoning_measures
+from minimind.evaluate import Answer
+from minimind.measures import reasoning_measures
 from minimind.stages.pretrain import next_token_loss
 from minimind.stages.reason import (
     check_reasoning,
