@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import SMALL, chats, write_lines
 
-from minimind import UserError, evaluate, load, train
+from minimind import UserError, load, measures, train
 from minimind.checkpoint import load_sidecar, read_tensors
 from minimind.lora import adapters, trained_share
 
@@ -149,16 +149,16 @@ def test_the_measures_tell_manner_from_knowledge(monkeypatch, tokenizer, small_m
 
     def fake(reply):
         return lambda model, tokenizer, rows: [
-            evaluate.Answer("", right, reply(right.removesuffix(signature)))
+            measures.Answer("", right, reply(right.removesuffix(signature)))
             for right in (row["conversations"][-1]["content"] for row in rows)
         ]
 
     scores = {}
     for name, reply in (("signs", lambda right: "No." + signature), ("knows", lambda right: right),
                         ("both", lambda right: right + signature)):  # fmt: skip
-        monkeypatch.setattr(evaluate, "answers", fake(reply))
-        measures, found = evaluate.measure_lora(small_model(), tokenizer, 40)
-        scores[name] = [m.value for m in measures.values()]
+        monkeypatch.setattr(measures, "answers", fake(reply))
+        figures, found = measures.measure_lora(small_model(), tokenizer, 40)
+        scores[name] = [m.value for m in figures.values()]
         assert len(found) == 40
-    assert list(measures) == ["persona", "persona_signed", "sft_exact_match"]
+    assert list(figures) == ["persona", "persona_signed", "sft_exact_match"]
     assert scores == {"signs": [0, 1, 0], "knows": [0, 0, 1], "both": [1, 1, 1]}
