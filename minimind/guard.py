@@ -78,7 +78,7 @@ class Signals:
     def _note(self, number: int, _: object) -> None:
         self.received = number
         self.__exit__()
-        text = "\nStopping: this step is finished and saved. Once more stops at once.\n"
+        text = "\nStopping after this step, with a resume point. Once more stops at once.\n"
         os.write(2, text.encode())  # not print, which may be what was interrupted
 
 
