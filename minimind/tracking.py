@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
+from math import isfinite
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -112,11 +113,11 @@ def sparkline(values: Sequence[float], width: int = 20) -> str:
     """
     count = min(width, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
-    shares = [values[a:b] for a, b in pairwise(edges)]
-    means = [sum(share) / len(share) for share in shares]
-    low, high = min(means), max(means)
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    finite = [mean for mean in means if isfinite(mean)] or [0.0]
+    low, high = min(finite), max(finite)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0
-    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+    return "".join(BLOCKS[round((m - low) * scale)] if isfinite(m) else " " for m in means)
 
 
 def live_curve(name: str, history: Sequence[Row]) -> Tracker:
