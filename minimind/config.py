@@ -308,6 +308,9 @@ class ReasonConfig(TrainConfig):
     Attributes:
         tag_weight: weight of each tag in the loss; every other token has 1.
         normalizer: what the weighted sum is divided by: "tokens" or "weights".
+        chat_path: ordinary chat rows (without tags) that are mixed in, so that the model does not
+            forget to chat; empty: none.
+        chat_share: how many of them, per reasoning row.
     """
 
     data_path: str = "dataset/r1_mix_1024.jsonl"
@@ -318,6 +321,8 @@ class ReasonConfig(TrainConfig):
     max_seq_len: int = 720
     tag_weight: float = 10.0
     normalizer: str = "tokens"
+    chat_path: str = ""
+    chat_share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,6 +332,8 @@ class ReasonConfig(TrainConfig):
             )
         if self.normalizer not in NORMALIZERS:
             raise bad_value("normalizer", self.normalizer, NORMALIZERS)
+        if not 0 <= self.chat_share < float("inf"):
+            raise UserError(f"chat_share={self.chat_share} must be 0 (no chat rows) or above.")
 
 
 @dataclass
@@ -480,4 +487,6 @@ def preset_settings(stage: str, preset: str) -> dict:
         "eval_data_path": str(data_samples(f"{stem}_heldout.jsonl")),
         "tokenizer_path": str(data_samples("tokenizer.json")),
     }
+    if stage == "reason":
+        data["chat_path"] = str(data_samples("sft.jsonl"))
     return {**data, **PRESETS[preset][stage]}
