@@ -222,7 +222,9 @@ def shard(model: MiniMind, stage: str, optimizer: str, dtype: str) -> None:
 
     mesh = dist.init_device_mesh(model.device.type, (size(),))
     for part in (*model.model.layers, model):
-        fully_shard(part, mesh=mesh).set_gradient_divide_factor(1.0)  # a sum, as everywhere here
+        fully_shard(part, mesh=mesh)
+        part.set_force_sum_reduction_for_comms(True)  # a sum of gradients, as everywhere here
+        part.set_gradient_divide_factor(1.0)
 
 
 def is_sharded(model: nn.Module) -> bool:
