@@ -109,9 +109,7 @@ def together() -> Iterator[None]:
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if size() > 1:
-        with together():
-            gathered(None)
+    gathered(None)
 
 
 def gathered(value: Part) -> list[Part]:
@@ -203,15 +201,12 @@ def shard(model: MiniMind, stage: str, optimizer: str, dtype: str) -> None:
     Raises:
         UserError: one process only, or a stage, optimizer or dtype that needs whole weights.
     """
-    faults = [
-        f"{name}={value}"
-        for name, value, good in (
-            ("stage", stage, stage in SHARDED_STAGES),
-            ("optimizer", optimizer, optimizer == "adamw"),
-            ("dtype", dtype, dtype != "float16"),
-        )
-        if not good
-    ]
+    wanted = {
+        f"stage={stage}": stage in SHARDED_STAGES,
+        f"optimizer={optimizer}": optimizer == "adamw",
+        f"dtype={dtype}": dtype != "float16",
+    }
+    faults = [setting for setting, good in wanted.items() if not good]
     if faults or size() == 1:
         raise UserError(
             f"fsdp=1 cannot be used with {', '.join(faults) or 'one process'}. It needs torchrun with "

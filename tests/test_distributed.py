@@ -204,7 +204,9 @@ def test_fsdp_trains_the_same_and_saves_whole_weights_even_if_it_was_resumed(run
 
 
 def test_a_teacher_that_is_absent_is_trained_by_all(runs):
-    assert all((runs.folder / f"needs/{name}_64.pth").exists() for name in ("pretrain", "full_dist"))
+    assert all(
+        (runs.folder / f"needs/{name}_64.pth").exists() for name in ("pretrain", "full_dist")
+    )
     assert runs.output.count("distill needs pretrain_64 first") == 1
 
 

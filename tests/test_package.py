@@ -96,4 +96,4 @@ def test_the_package_stays_small():
     doors = {"interop", "bench", "gguf", "scoring", "serve", "cli"}
     core = [path for path in PACKAGE if path.stem not in doors]
     assert sum(map(lines_of_code, core)) <= 4100
-    assert sum(map(lines_of_code, PACKAGE)) <= 5200
+    assert sum(map(lines_of_code, PACKAGE)) <= 5250
