@@ -176,7 +176,7 @@ def test_a_stage_starts_from_the_weight_before_it(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match="Lower learning_rate"):
+    with pytest.raises(UserError, match="a learning_rate below"):
         minimind.train(
             "pretrain", **settings_for(tmp_path, learning_rate=1e12, grad_clip=0.0, epochs=9)
         )
