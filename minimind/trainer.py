@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from math import ceil, cos, isfinite, pi
 from pathlib import Path
@@ -28,9 +29,11 @@ from minimind.checkpoint import (
     weight_path,
     write_atomically,
 )
+from minimind.compiling import compile_blocks
 from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
+from minimind.feed import one_ahead, to_device
 from minimind.model import MiniMind
 from minimind.precision import autocast
 from minimind.stages import NEEDS, STAGES
@@ -102,14 +105,25 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     if config.from_resume and resume_path.exists():
         restore(run, task, resume_path, config)
 
+    compiled = make_faster(model, config)
     started = time.monotonic()
     fit(run, task, batches, config, name, resume_path, callback)
-    metrics = final_metrics(run, task, config, time.monotonic() - started)
+    metrics = {**final_metrics(run, task, config, time.monotonic() - started), **compiled}
 
     path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
     lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
     save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
     return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
+
+
+def make_faster(model: MiniMind, config: TrainConfig) -> dict[str, float]:
+    """Do what the settings say about memory and speed; return the seconds of compiling, if any."""
+    model.model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    if not config.compile:
+        return {}
+    seconds = round(compile_blocks(model, config), 1)
+    print(f"Compiled in {seconds} s, which are not part of the time of any step.")
+    return {"compile_seconds": seconds}
 
 
 def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, resume_path: Path,
@@ -124,8 +138,12 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
     if callback and run.step == 0:
         callback(0, run.model)
 
-    while run.step < total_steps:
-        group = [batches[m] for m in range(run.step * k, min((run.step + 1) * k, total_batches))]
+    source = copy(batches)  # for the thread that makes batches ahead
+
+    def group_of(step: int) -> list[Batch]:
+        return [source[m] for m in range(step * k, min((step + 1) * k, total_batches))]
+
+    for group in one_ahead(group_of, range(run.step, total_steps), run.model.device):
         lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
         updates, rolled = [group], {}
         if task.rollout:
@@ -177,13 +195,13 @@ def optimizer_step(
     Each batch's means are weighted by its share of what is counted in the whole group.
     """
     device = run.model.device
-    total = max(1, sum(task.count(batch) for batch in group))
+    counts = [task.count(batch) for batch in group]
+    total = max(1, sum(counts))
     loss_sum, metrics = torch.zeros((), device=device), Counter()
-    for batch in group:
-        share = task.count(batch) / total
-        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    for batch, count in zip(group, counts, strict=True):
+        share = count / total
         with autocast(config, device):
-            loss, found = task.loss(run.model, on_device)
+            loss, found = task.loss(run.model, to_device(batch, device))
         run.scaler.scale(loss * share).backward()
         loss_sum += loss.detach() * share
         for metric, value in found.items():
@@ -330,7 +348,7 @@ def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
 
 # Settings that may differ between the two halves of a run without changing its outcome.
 _FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "use_wandb",
-                   "wandb_project"}  # fmt: skip
+                   "wandb_project", "gradient_checkpointing"}  # fmt: skip
 
 
 def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
