@@ -185,15 +185,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """
     (B, H, T, D), K, dtype = q.shape, k.shape[1], v.dtype
     if T == 1:  # the heads of a group take the place of T: no key is copied
-        q = q.reshape(B, K, H // K, D)
+        q, causal = q.reshape(B, K, H // K, D), False
     else:
+        causal = mask is None
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
     # The CPU kernel's backward is many times slower in bfloat16.
     wanted = torch.float32 if q.device.type == "cpu" else dtype
     q, k, v = q.to(wanted), k.to(wanted), v.to(wanted)
     with torch.autocast(q.device.type, enabled=False):
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=dropout
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
         ).to(dtype)
     return y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)
 
