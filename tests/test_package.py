@@ -93,8 +93,9 @@ def lines_of_code(path):
 
 
 def test_the_package_stays_small():
-    """What trains, samples and measures; the ways in and out are a small package beside it."""
+    """What trains, samples and measures; beside it what full scale needs, and the ways in and out."""
+    scale = {"distributed", "compiling", "feed", "guard", "tracking"}
     doors = {"interop", "bench", "gguf", "scoring", "serve", "cli"}
-    core = [path for path in PACKAGE if path.stem not in doors]
-    assert sum(map(lines_of_code, core)) <= 4100
-    assert sum(map(lines_of_code, PACKAGE)) <= 5250
+    core = [path for path in PACKAGE if path.stem not in doors | scale]
+    assert sum(map(lines_of_code, core)) <= 4200
+    assert sum(map(lines_of_code, PACKAGE)) <= 6000
