@@ -10,6 +10,7 @@ Left out: several processes, and reading the data.
 from __future__ import annotations
 
 import copy
+import re
 import resource
 import statistics
 import sys
@@ -43,9 +44,9 @@ from minimind.trainer import (
     pick_device,
 )
 
-# Dense bfloat16 operations per second with float32 sums, from NVIDIA's data sheets (H200, H100,
-# A100, L40S, L4; where they count sparsity, half of it) and architecture papers (Ada, table 2;
-# Ampere GA102, table 3). The first name that is part of the card's own counts.
+# Dense bfloat16 operations per second with float32 sums, from NVIDIA's data sheets (H200 to L4;
+# half of what they give with sparsity) and its white papers on Ada and Ampere GA102 (RTX). The
+# first name in the card's own counts; a Ti, D or laptop card is another one.
 PEAKS = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
          "L4": 121e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}  # fmt: skip
 CARD_SHAPES = {"26M": (512, 8), "104M": (768, 16)}  # hidden size, layers
@@ -116,7 +117,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype, card: str) -> tuple[flo
     Args:
         card: the name of the GPU; "" on a CPU.
     """
-    known = [peak for name, peak in PEAKS.items() if name in card]
+    known = [
+        peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", card)
+    ]
     if known and dtype == torch.bfloat16:
         return known[0], f"the data sheet's {known[0] / 1e12:.0f} TFLOP/s"
     peak = matmul_peak(device, dtype)

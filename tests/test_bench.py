@@ -134,6 +134,8 @@ def test_the_table_of_cards_and_its_utilisation(quick, small_model):
     peaks = {card: peak_flops(cpu, torch.bfloat16, card)[0] / 1e12 for card in (
         "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA L4", "NVIDIA L40S")}  # fmt: skip
     assert list(peaks.values()) == [989, 756, 312, 121, 362]
+    for other in ("NVIDIA L40", "NVIDIA GeForce RTX 3090 Ti", ""):
+        assert peak_flops(cpu, torch.bfloat16, other)[0] == 5e10
     assert peak_flops(cpu, torch.float32, "NVIDIA L4")[0] == 5e10  # no figure for float32: measured
     config = stage_config("pretrain", dtype="bfloat16", compile=1, **TINY)
     found = card_figures(config, 64, 1, "NVIDIA A100", {"one": (32, 1), "two": (64, 2)})
