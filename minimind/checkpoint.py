@@ -21,6 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from minimind import distributed
 from minimind.config import ModelConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.lora import add_lora, load_lora, merge_lora
@@ -102,7 +103,7 @@ def newest_resume(path: Path) -> tuple[dict, Path] | None:
         try:
             point = read_tensors(file)
             if damaged:
-                print(
+                distributed.say(
                     f"Warning: {damaged[0]} is damaged. Going on from the point before: {file}, step {point['step']}."
                 )
             return point, file

@@ -21,8 +21,8 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from minimind import distributed
 from minimind.config import TrainConfig
 from minimind.errors import UserError
 
@@ -79,7 +79,8 @@ class Signals:
         self.received = number
         self.__exit__()
         text = "\nStopping after this step, with a resume point. Once more stops at once.\n"
-        os.write(2, text.encode())  # not print, which may be what was interrupted
+        if distributed.is_first():
+            os.write(2, text.encode())  # not print, which may be what was interrupted
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Watch:
         if config.dtype == "float16" and isfinite(loss):
             return ""  # too large for float16: the scaler will try a smaller scale
         if config.skip_bad_steps:
-            tqdm.write(
+            distributed.say(
                 f"Step {figures['step']:.0f} skipped: loss {loss}, norm of the gradient {norm}."
             )
             return ""
@@ -136,7 +137,7 @@ class Watch:
         if loss > EXPLODED * max(1, usual):
             return f"the loss has exploded to {loss:.4g}"
         if len(self.recent) >= WINDOW // 5 and loss > max(SPIKE * usual, usual + 1):
-            tqdm.write(
+            distributed.say(
                 f"Step {step:.0f}: a loss spike, {loss:.3f}; the median before is {usual:.3f}. "
                 f"Norm of the gradient: {norm:.2f}."
             )
@@ -176,8 +177,8 @@ def mean_figures(figures: list[Figures]) -> dict[str, float]:
 def not_finite(model: nn.Module) -> list[str]:
     """Return the names of the weights that hold a NaN or an infinity."""
     names, tensors = zip(*model.named_parameters(), strict=True)
-    flags = torch.stack([tensor.isfinite().all() for tensor in tensors]).tolist()
-    return [name for name, finite in zip(names, flags, strict=True) if not finite]
+    flags = distributed.whole(torch.stack([tensor.isfinite().all() for tensor in tensors]))
+    return [name for name, finite in zip(names, flags.tolist(), strict=True) if not finite]
 
 
 def diagnosis(
