@@ -49,7 +49,7 @@ ORDER = """
     errors presets config precision tokenizer model data lora reader generate checkpoint rewards
     stages.task stages.common stages.pretrain stages.sft stages.lora stages.dpo stages.reason stages.reward stages.rl
     stages.grpo stages.spo stages.distill stages tracking trainer evaluate measures baselines comparisons course
-    interop bench gguf scoring serve cli
+    interop bench gguf scoring serve download cli
 """.split()
 
 
