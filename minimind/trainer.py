@@ -179,13 +179,16 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
             return [source[m] for m in numbers]
         return distributed.shared(source, numbers)
 
+    def examples_of(step: int) -> list[int]:
+        numbers = range((step - 1) * k, min(step * k, total_batches))
+        return [] if task.rollout else [i for m in numbers for i in batches.rows(m)]
+
     with (
         Signals() as signals,
         tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0, disable=not first) as progress,
     ):  # fmt: skip
         for group in one_ahead(group_of, range(run.step, total_steps), run.model.device):
             lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
-            numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
             take_step(run, task, group, lr, config, pace)
             progress.update()
 
@@ -193,8 +196,7 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
             logging = run.step % config.log_interval == 0 or last or run.step == 1
             saving = run.step % config.save_interval == 0 or last or bool(stopping)
             if logging or saving or run.model.device.type == "cpu":
-                examples = [] if task.rollout else [i for m in numbers for i in batches.rows(m)]
-                check_finite(run, config, examples, with_weights=saving)
+                check_finite(run, config, examples_of, with_weights=saving)
             if logging:
                 row = log_row(run, task, config, total_steps, pace)
                 for log in trackers:
@@ -314,20 +316,23 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 
 
 
 def check_finite(
-    run: Run, config: TrainConfig, examples: list[int], with_weights: bool = False
+    run: Run,
+    config: TrainConfig,
+    examples_of: Callable[[int], list[int]],
+    with_weights: bool = False,
 ) -> None:
     """UserError with a diagnosis if the run must not go on or, `with_weights`, not be saved.
 
     Args:
-        examples: numbers of the examples in the batch of this step.
+        examples_of: a step to the numbers of the examples in its batches.
     """
     found = run.watch.look(config)
     if not found and with_weights and not_finite(run.model):
         found = "the weights have overflowed", run.watch.pending[-1]
     if found:
         why, figures = found
-        rows = examples if figures["step"] == run.step else []
-        raise diagnosis(why, figures, rows, run.model, config, run.watch, run.saved_step)
+        examples = examples_of(int(figures["step"]))
+        raise diagnosis(why, figures, examples, run.model, config, run.watch, run.saved_step)
 
 
 @torch.no_grad()

@@ -30,8 +30,11 @@ def train_quietly(stage, settings):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    import torch
+
     from minimind import train
 
+    torch.set_num_threads(1)  # tiny models gain nothing from more
     train(stage, preset="tiny", **settings)
 
 

@@ -154,10 +154,10 @@ def test_figures_wait_on_the_device_and_the_first_bad_step_is_named():
 def test_weights_that_have_overflowed_are_not_saved(small_model):
     run, config = make_run(small_model())
     run.watch.pending.append({"step": 1, "lr": 1e-3, "loss": 2.0, "grad_norm": 1.0})
-    check_finite(run, config, [], with_weights=True)
+    check_finite(run, config, lambda step: [], with_weights=True)
     run.model.model.norm.weight.data[3] = math.inf
     with pytest.raises(UserError, match=r"1 weights are not finite.*model.norm.weight"):
-        check_finite(run, config, [], with_weights=True)
+        check_finite(run, config, lambda step: [], with_weights=True)
 
 
 @pytest.mark.parametrize("fused", [True, False])
