@@ -29,7 +29,7 @@ def settings_for(folder, **more):
 
 
 def spoil(monkeypatch, calls, factor=math.nan):
-    """Multiply the loss (and so the gradient) of some training batches by `factor`."""
+    """Multiply the loss (and so the gradient) of some training batches by `factor`; log a figure."""
     make, count = STAGES["pretrain"], iter(range(1, 10**6))
 
     def spoilt(config, model, tokenizer):
@@ -38,6 +38,7 @@ def spoil(monkeypatch, calls, factor=math.nan):
 
         def bad_loss(model, batch):
             value, figures = loss(model, batch)
+            figures = {**figures, "figure": value.detach()}
             return value * (factor if model.training and next(count) in calls else 1), figures
 
         task.loss = bad_loss
@@ -193,7 +194,8 @@ def same(one, other, but=("tokens_per_second",)):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_a_resume_point_that_goes_on_bit_for_bit(number, tmp_path):
+def test_a_signal_ends_with_a_resume_point_that_goes_on_bit_for_bit(number, tmp_path, monkeypatch):
+    spoil(monkeypatch, calls=())
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     (tmp_path / "whole").mkdir()
     more = {"log_interval": 4, "save_interval": 100}
@@ -207,7 +209,9 @@ def test_a_signal_ends_with_a_resume_point_that_goes_on_bit_for_bit(number, tmp_
     call = str(stopped.value).split("Go on with: ")[1]
     assert "\n" not in str(stopped.value) and call.startswith("train('pretrain', preset='full'")
     result = eval(call, {"train": minimind.train})
-    assert same(result.history, whole.history)  # the means of row 8 span the stop
+    assert (
+        same(result.history, whole.history) and "figure" in whole.history[2]
+    )  # row 8's mean spans the stop
     weights = [read_tensors(r.weight_path) for r in (result, whole)]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 

@@ -217,3 +217,20 @@ def test_float16_skips_what_overflows_and_resumes_with_its_scale(optimizer, tmp_
     found, wanted = (read_tensors(result.weight_path) for result in (again, whole))
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
     assert again.history[-1]["loss"] < again.history[0]["loss"]
+
+
+def test_an_overflow_in_one_optimizers_weights_stays_the_others_step(small_model):
+    """Muon's matrices are fine, AdamW's embeddings overflow: neither may move, not even by decay."""
+    config = stage_config("pretrain", device="cpu", dtype="float16", optimizer="muon")
+    model = small_model()
+
+    def loss(model, batch):
+        matrices = sum(block.self_attn.q_proj.weight.sum() for block in model.model.layers)
+        return model.model.embed_tokens.weight.sum() * 1e36 + matrices, {}
+
+    task = Task([], [], [], list, loss, lambda batch: 1)
+    run = Run(model, make_optimizers(model, config), make_scaler(config, model.device))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer_step(run, [{"input_ids": torch.zeros(1, 2)}], task, 1e-2, config)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert run.scaler.get_scale() == 2.0**15 and len(run.optimizers) == 2
