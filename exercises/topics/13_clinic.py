@@ -8,7 +8,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 import ward
-from checks import Exercise, sentence
+from checks import Exercise
 from torch import Tensor
 
 from minimind.trainer import learning_rate
