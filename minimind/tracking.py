@@ -161,6 +161,7 @@ def wandb_run(config: TrainConfig, name: str, run_id: str, history: Sequence[Row
             run = wandb.init(**start, settings=settings)
         except wandb.Error as error:
             why = str(error).splitlines()[0]
+            wandb.teardown()  # it still holds the id
     if why:
         print(
             f"wandb keeps this run offline ({why}). Send it later: wandb sync wandb/offline-run-*"

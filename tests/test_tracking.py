@@ -111,11 +111,18 @@ def test_wandb_stays_offline_without_a_key_or_a_network(key, why, monkeypatch, c
 
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    fake_package(monkeypatch, "wandb", init, Settings=dict, Error=NoNetwork)
+    fake_package(
+        monkeypatch,
+        "wandb",
+        init,
+        Settings=dict,
+        Error=NoNetwork,
+        teardown=lambda: calls.append(("teardown", {}, {})),
+    )
     wandb_run(stage_config("pretrain"), "pretrain_32", "abc", [])
     assert calls[-1][0] == "offline" and calls[-1][2]["id"] == "abc"
-    assert len(calls) == (2 if key else 1)
-    assert all(settings["init_timeout"] <= 30 for mode, settings, _ in calls if mode != "offline")
+    assert [mode for mode, _, _ in calls] == ([None, "teardown"] if key else []) + ["offline"]
+    assert all(settings["init_timeout"] <= 30 for mode, settings, _ in calls if mode is None)
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and why in printed and "wandb sync" in printed
 
