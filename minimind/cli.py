@@ -6,22 +6,28 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from minimind.bench import bench, bench_generate, bench_text, sampling_text
+from minimind import distributed
+from minimind.bench import bench, bench_generate, bench_text, machine_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
+from minimind.download import download
 from minimind.errors import UserError, bad_value, needed
 from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
+from minimind.guard import Interrupted
 from minimind.interop import load, stretch, trained_length, write_hf
 from minimind.measures import MEASURES
 from minimind.model import MiniMind
@@ -48,6 +54,18 @@ class Course:
     seed: int = 42
     out_dir: str = ""
     """Another folder for weights and report."""
+
+
+@dataclass
+class Download:
+    """Fetch files of the guide's data set; a broken download goes on where it stopped."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """pretrain_hq sft_mini_512 dpo r1_mix_1024 rlaif-mini, or any other file there."""
+    to: str = "dataset"
+    """The folder they go to."""
+    source: Literal["huggingface", "modelscope"] = "huggingface"
+    """The environment variable HF_ENDPOINT names a mirror of the first."""
 
 
 @dataclass
@@ -115,11 +133,22 @@ class Serve(Weight):
 
 @dataclass
 class Bench(PretrainConfig):
-    """Time training steps of a configuration: tokens/s, utilisation, memory."""
+    """Measure training side by side: ours, transformers', number formats, compiled; memory, chats, times."""
 
+    batch_size: int = 2
+    """Rows of a step; a GPU wants 32 or more."""
+    max_seq_len: int = 512
+    compile: int = 1
+    """0: not compiled, which saves a minute."""
+    gradient_checkpointing: int = 1
+    """0: not with gradient checkpointing."""
     vocab_size: int = 6400
+    repeats: int = 5
+    """Steps of each side; the median counts."""
     generate: bool = False
     """Time sampling instead, beside transformers' generate on the same weights."""
+    json: str = ""
+    """A file to write the figures to as well."""
 
 
 def folder_of(preset: str, out_dir: str) -> str:
@@ -132,6 +161,12 @@ def run_course(args: Course) -> None:
     report = course(args.preset, args.seed, args.out_dir or None)
     print(report_text(report))
     print(f"Written to {folder_of(args.preset, args.out_dir)}/report.md, .json and .png")
+
+
+def run_download(args: Download) -> None:
+    """Fetch one after the other."""
+    for name in args.names:
+        print(f"Ready: {download(name, args.to, args.source)}")
 
 
 def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
@@ -271,11 +306,15 @@ def run_bench(args: Bench) -> None:
     if args.generate:
         print(sampling_text(bench_generate(args, args.vocab_size)))
     else:
-        print(bench_text(args, bench(args, args.vocab_size)))
+        print(machine_text(args) + "\n")
+        found = bench(args, args.vocab_size, args.repeats)
+        print(bench_text(found))
+        if args.json:
+            Path(args.json).write_text(json.dumps([asdict(figure) for figure in found], indent=1))
 
 
 COMMANDS = {
-    "course": (Course, run_course), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
+    "course": (Course, run_course), "download": (Download, run_download), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
     "export": (Export, run_export), "serve": (Serve, run_serve),
 }  # fmt: skip
 USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help lists the flags)
@@ -283,6 +322,7 @@ USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help li
 train one stage    {" ".join(CONFIGS)}
                    --preset tiny | course | full (default) and the flags of the guide
 everything         course
+get data           download
 use a weight       chat  eval  serve  export
 measure speed      bench"""
 
@@ -314,6 +354,8 @@ def dispatch(arguments: list[str]) -> None:
         print(USAGE)
         return
     command, flags = arguments[0], arguments[1:]
+    if command not in CONFIGS and distributed.size() > 1:
+        raise UserError(f"{command} runs as one process, without torchrun.")
     if command in COMMANDS:
         kind, run = COMMANDS[command]
         run(parse(kind, flags, command))
@@ -323,8 +365,14 @@ def dispatch(arguments: list[str]) -> None:
     elif command in CONFIGS:
         preset, flags = split_preset(flags)
         default = CONFIGS[command](**preset_settings(command, preset))
-        result = train_config(command, parse(CONFIGS[command], flags, command, default))
-        print(
+        try:
+            result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        except Interrupted as stop:
+            given = re.sub(r" --from[-_]resume[ =]\S+", "", shlex.join(["minimind", *arguments]))
+            given = "the same torchrun command and" if distributed.size() > 1 else given
+            stop.go_on = f"{given} --from_resume 1"
+            raise
+        distributed.say(
             f"Saved {result.weight_path}: "
             + ", ".join(f"{k} {v:g}" for k, v in result.metrics.items())
         )
@@ -333,18 +381,25 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: exit code 0, or 2 with one paragraph on stderr."""
+    """Entry point: exit code 0; 2 with one paragraph on stderr; 130 or 143 after a signal."""
     try:
+        distributed.start()
         dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"minimind: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
+    except Interrupted as stop:
+        complain(stop)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
-        print(
-            "minimind: stopped. Go on from the last resume point with --from_resume 1.",
-            file=sys.stderr,
-        )
+        complain("stopped. Go on from the last resume point with --from_resume 1.")
         sys.exit(130)
+
+
+def complain(message: object) -> None:
+    """Print a message on stderr, unless another process of the run has done so."""
+    if distributed.may_complain():
+        print(f"minimind: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
