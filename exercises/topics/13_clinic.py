@@ -511,8 +511,8 @@ to the logs of your own runs (`out/course/*.log.jsonl`)? Which kinds did we forg
         "Compare a run with itself: the last mean of `heldout` with its first and with its best value.",
     ],
     mistakes=[never_rings, nan_compared, training_loss_alone, every_rise_alarms, fixed_height],
-    discussion="The trainer of this course has one such alarm: it stops at a loss that is not finite and leaves "
-    "the last resume point as it was.",
+    discussion="The trainer of this course has such an alarm (`minimind/guard.py`): it stops with a diagnosis at "
+    "a loss that explodes or is not finite, logs spikes, and leaves the last resume point as it was.",
 )
 
 EXERCISES = [TOO_GOOD, EARLY_PLATEAU, SUDDEN_NAN, TRIAGE]
