@@ -7,6 +7,8 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,10 +22,12 @@ from minimind.bench import bench, bench_generate, bench_text, machine_text, samp
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
+from minimind.download import download
 from minimind.errors import UserError, bad_value, needed
 from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
+from minimind.guard import Interrupted
 from minimind.interop import load, stretch, trained_length, write_hf
 from minimind.measures import MEASURES
 from minimind.model import MiniMind
@@ -50,6 +54,18 @@ class Course:
     seed: int = 42
     out_dir: str = ""
     """Another folder for weights and report."""
+
+
+@dataclass
+class Download:
+    """Fetch files of the guide's data set; a broken download goes on where it stopped."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """pretrain_hq sft_mini_512 dpo r1_mix_1024 rlaif-mini, or any other file there."""
+    to: str = "dataset"
+    """The folder they go to."""
+    source: Literal["huggingface", "modelscope"] = "huggingface"
+    """The environment variable HF_ENDPOINT names a mirror of the first."""
 
 
 @dataclass
@@ -145,6 +161,12 @@ def run_course(args: Course) -> None:
     report = course(args.preset, args.seed, args.out_dir or None)
     print(report_text(report))
     print(f"Written to {folder_of(args.preset, args.out_dir)}/report.md, .json and .png")
+
+
+def run_download(args: Download) -> None:
+    """Fetch one after the other."""
+    for name in args.names:
+        print(f"Ready: {download(name, args.to, args.source)}")
 
 
 def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
@@ -292,7 +314,7 @@ def run_bench(args: Bench) -> None:
 
 
 COMMANDS = {
-    "course": (Course, run_course), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
+    "course": (Course, run_course), "download": (Download, run_download), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
     "export": (Export, run_export), "serve": (Serve, run_serve),
 }  # fmt: skip
 USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help lists the flags)
@@ -300,6 +322,7 @@ USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help li
 train one stage    {" ".join(CONFIGS)}
                    --preset tiny | course | full (default) and the flags of the guide
 everything         course
+get data           download
 use a weight       chat  eval  serve  export
 measure speed      bench"""
 
@@ -342,7 +365,13 @@ def dispatch(arguments: list[str]) -> None:
     elif command in CONFIGS:
         preset, flags = split_preset(flags)
         default = CONFIGS[command](**preset_settings(command, preset))
-        result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        try:
+            result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        except Interrupted as stop:
+            given = re.sub(r" --from[-_]resume[ =]\S+", "", shlex.join(["minimind", *arguments]))
+            given = "the same torchrun command and" if distributed.size() > 1 else given
+            stop.go_on = f"{given} --from_resume 1"
+            raise
         distributed.say(
             f"Saved {result.weight_path}: "
             + ", ".join(f"{k} {v:g}" for k, v in result.metrics.items())
@@ -352,13 +381,16 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: exit code 0, or 2 with one paragraph on stderr."""
+    """Entry point: exit code 0; 2 with one paragraph on stderr; 130 or 143 after a signal."""
     try:
         distributed.start()
         dispatch(sys.argv[1:])
     except UserError as error:
         complain(error)
         sys.exit(2)
+    except Interrupted as stop:
+        complain(stop)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         complain("stopped. Go on from the last resume point with --from_resume 1.")
         sys.exit(130)

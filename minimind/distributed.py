@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from tqdm.auto import tqdm
 
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
@@ -80,9 +81,9 @@ def own_noise(seed: int, step: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print, once for all processes."""
+    """Print beside the progress bar, once for all processes."""
     if is_first():
-        print(text)
+        tqdm.write(text)
 
 
 def may_complain() -> bool:
@@ -124,11 +125,18 @@ def gathered(value: Part) -> list[Part]:
 
 def total(number: float) -> float:
     """Return the sum of a number over all processes."""
-    if size() == 1:
-        return number
+    return number if size() == 1 else _reduced(number, dist.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers of all processes."""
+    return number if size() == 1 else int(_reduced(number, dist.ReduceOp.MAX))
+
+
+def _reduced(number: float, operation: dist.ReduceOp) -> float:
     found = torch.tensor(float(number), dtype=torch.float64)
     with together():
-        dist.all_reduce(found)
+        dist.all_reduce(found, operation)
     return float(found)
 
 
@@ -224,10 +232,11 @@ def shard(model: MiniMind, stage: str, optimizer: str, dtype: str) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `shard` was called on the model."""
-    return any(_is_share(parameter) for parameter in model.parameters())
+    return any(is_share(parameter) for parameter in model.parameters())
 
 
-def _is_share(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Return whether a tensor is one process's share of a larger one."""
     return hasattr(value, "full_tensor")  # a DTensor; its module takes long to import
 
 
@@ -237,7 +246,7 @@ def whole(value: object) -> object:
         return {name: whole(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [whole(inner) for inner in value]
-    return value.full_tensor() if _is_share(value) else value
+    return value.full_tensor() if is_share(value) else value
 
 
 def unsharded(model: MiniMind) -> MiniMind:
@@ -251,7 +260,7 @@ def unsharded(model: MiniMind) -> MiniMind:
 
 def share_like(value: Tensor, like: Tensor) -> Tensor:
     """Return this process's share of a whole tensor, if `like` is one and has its shape."""
-    if not _is_share(like) or value.shape != like.shape:
+    if not is_share(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
