@@ -119,9 +119,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, card: str) -> tuple[flo
     Args:
         card: the name of the GPU; "" on a CPU.
     """
-    known = [
-        peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", card)
-    ]
+    known = [p for n, p in PEAKS.items() if re.search(rf"\b{n}\b(?! (Ti|D|Laptop))", card)]
     if known and dtype == torch.bfloat16:
         return known[0], f"the data sheet's {known[0] / 1e12:.0f} TFLOP/s"
     peak = matmul_peak(device, dtype)
