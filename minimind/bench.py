@@ -89,10 +89,13 @@ def flops_per_token(model: MiniMind, length: int) -> float:
 def interleaved(
     sides: dict[str, Work], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, float]:
-    """Return the median seconds of every side; the sides take turns. Warm-up runs do not count."""
+    """Return the median seconds of every side. Warm-up runs do not count.
+
+    The sides take turns, there and back again, so that none always follows the same one.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + warmup):
-        for name, work in sides.items():
+    for turn in range(repeats + warmup):
+        for name, work in list(sides.items())[:: -1 if turn % 2 else 1]:
             started = time.perf_counter()
             work()
             if device.type == "cuda":
