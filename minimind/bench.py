@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.compiling import compile_blocks
@@ -88,10 +89,13 @@ def flops_per_token(model: MiniMind, length: int) -> float:
 def interleaved(
     sides: dict[str, Work], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, float]:
-    """Return the median seconds of every side; the sides take turns. Warm-up runs do not count."""
+    """Return the median seconds of every side. Warm-up runs do not count.
+
+    The sides take turns, there and back again, so that none always follows the same one.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + warmup):
-        for name, work in sides.items():
+    for turn in range(repeats + warmup):
+        for name, work in list(sides.items())[:: -1 if turn % 2 else 1]:
             started = time.perf_counter()
             work()
             if device.type == "cuda":
@@ -108,7 +112,8 @@ def median_seconds(work: Work, repeats: int, device: torch.device, warmup: int =
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
     """Return the operations per second of a large matrix product: what this machine can do at best."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: a @ b, 5, device)
+    times = [median_seconds(lambda: F.linear(a, b), 1, device, warmup=0) for _ in range(12)]
+    return 2 * size**3 / min(times)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, card: str) -> tuple[float, str]:
@@ -117,9 +122,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, card: str) -> tuple[flo
     Args:
         card: the name of the GPU; "" on a CPU.
     """
-    known = [
-        peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b(?! (Ti|D|Laptop))", card)
-    ]
+    known = [p for n, p in PEAKS.items() if re.search(rf"\b{n}\b(?! (Ti|D|Laptop))", card)]
     if known and dtype == torch.bfloat16:
         return known[0], f"the data sheet's {known[0] / 1e12:.0f} TFLOP/s"
     peak = matmul_peak(device, dtype)
@@ -180,7 +183,12 @@ def step_figures(config: TrainConfig, vocab_size: int, repeats: int) -> list[Fig
     model = MiniMind(model_config(config, vocab_size)).to(device)
     rows = random_rows(config, vocab_size, device)
     twin = None if config.use_moe else transformers_twin(model).to(device)
-    gap = abs(float(plain_loss(model, rows)[0]) - float(their_loss(twin, rows)[0])) if twin else 0.0
+    with torch.no_grad():
+        losses = [
+            float(loss(side, rows)[0])
+            for side, loss in ((model, plain_loss), (twin, their_loss))
+            if side
+        ]
     sides, found, best = {}, [], dtypes_here(config, device)[-1]
     for dtype in dtypes_here(config, device):
         settings = replace(config, dtype=dtype)
@@ -206,7 +214,7 @@ def step_figures(config: TrainConfig, vocab_size: int, repeats: int) -> list[Fig
         Figure(part, name, tokens / s, "tokens/s", f"{s * 1e3:,.0f} ms")
         for name, s in times.items()
     ] + found
-    return found + list(step_ratios(times, best, gap))
+    return found + list(step_ratios(times, best, max(losses) - min(losses)))
 
 
 def step_ratios(times: dict[str, float], best: str, gap: float) -> Iterator[Figure]:

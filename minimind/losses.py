@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minimind.data import IGNORED
 
 ONE_CHUNK = 2**23  # logits that are held at once in float32: 32 MiB
+SMALL = 6 * 2**20  # a batch with so few, such as the course's, is computed as a whole
 
 
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,9 +37,9 @@ def labelled_places(labels: Tensor) -> Tensor:
     return (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
 
 
-def fits_one_chunk(labels: Tensor, vocab_size: int) -> bool:
-    """Whether all logits of a batch are few enough to be held at once."""
-    return labels.numel() * vocab_size <= ONE_CHUNK
+def is_small(labels: Tensor, vocab_size: int) -> bool:
+    """Whether all logits of a batch are so few that chunks are not worth their while."""
+    return labels.numel() * vocab_size <= SMALL
 
 
 def label_logps(
@@ -46,16 +47,16 @@ def label_logps(
 ) -> Tensor:
     """Return `token_logps(head(hidden), labels)`, with at most ONE_CHUNK logits in float32 at any time.
 
-    A larger batch has logits for its labelled positions alone, chunk by chunk. A chunk's are
-    forgotten as soon as its log-probabilities are known, and made again in the backward pass, as
-    in gradient checkpointing (arXiv 1604.06174).
+    A larger batch has logits for its labelled positions alone, chunk by chunk. Those of all
+    but the last are forgotten as soon as the log-probabilities are known, and made again in the
+    backward pass, as in gradient checkpointing (arXiv 1604.06174).
 
     Args:
         hidden: (B, T, C), what the output projection `head` reads.
         labels: (B, T).
         places: `labelled_places(labels)`, if it is known.
     """
-    if fits_one_chunk(labels, head.out_features):
+    if is_small(labels, head.out_features):
         return token_logps(head(hidden), labels)
     if places is None:
         places = labelled_places(labels)
@@ -63,10 +64,9 @@ def label_logps(
     wanted = targets.flatten()[places]  # (N,)
     states = hidden[:, :-1].flatten(0, 1)[places]  # (N, C)
     size = max(1, ONE_CHUNK // head.out_features)
-    parts = [
-        checkpoint(_logps, head, *pair, use_reentrant=False) if len(places) > size else _logps(head, *pair)
-        for pair in zip(states.split(size), wanted.split(size), strict=True)
-    ]  # fmt: skip
+    *early, last = zip(states.split(size), wanted.split(size), strict=True)
+    parts = [checkpoint(_logps, head, *pair, use_reentrant=False) for pair in early]
+    parts.append(_logps(head, *last))  # its backward comes first, so its logits may as well stay
     return hidden.new_zeros(targets.numel(), dtype=torch.float32).index_copy(
         0, places, torch.cat(parts)
     ).view(targets.shape)  # fmt: skip

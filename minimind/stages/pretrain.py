@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minimind.config import TrainConfig
 from minimind.data import IGNORED, Batch, PackedTokens, check_text, pack, pad_batch, read_jsonl
 from minimind.errors import UserError
-from minimind.losses import fits_one_chunk
+from minimind.losses import is_small
 from minimind.stages.common import batch_logps
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def language_model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics
     It is `next_token_loss`; where all logits at once would be too many, they come in chunks.
     """
     labels = batch["labels"]
-    if fits_one_chunk(labels, model.config.vocab_size):
+    if is_small(labels, model.config.vocab_size):
         loss = next_token_loss(model(batch["input_ids"]), labels)
     else:
         count = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
