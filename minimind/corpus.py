@@ -41,7 +41,7 @@ FORMAT = "minimind tokens 1"
 HEADER = 4096  # bytes
 PART = 2**22  # bytes of the source between two points from which a killed run goes on
 SMALL = 2**25  # bytes; a smaller source is read again each time (seconds) and leaves no file
-SAMPLE = 2**24  # bytes of text that a tokenizer is trained on: memory grows with it
+SAMPLE = 2**22  # bytes of text that a tokenizer is trained on: memory grows with it
 
 
 @dataclass
@@ -358,7 +358,13 @@ class Rows(Sequence):
             return [self[i] for i in range(len(self))[index]]
         with open(self.path, "rb") as file:
             file.seek(int(self.offsets[index]))
-            row = json.loads(file.readline())
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{self.path} has changed since its rows were found. Start again."
+            ) from error
         return {
             **self.make(row),
             **{name: rows[index].tolist() for name, rows in self.columns.items()},

@@ -5,8 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,12 +21,10 @@ from minimind.corpus import (
     open_tokens,
     prepare,
     read_header,
-    read_rows,
     read_tokens,
 )
-from minimind.data import check_conversation, check_text, pack, read_jsonl, scan_jsonl
-from minimind.stages.dpo import check_pair
-from minimind.stages.sft import read_chats
+from minimind.data import check_conversation, check_text, pack, read_jsonl
+from minimind.stages.sft import encode_chat_row, read_chats
 
 # The token file
 
@@ -41,7 +38,7 @@ def stream(source, tokenizer):
     return pack([row["text"] for row in read_jsonl(source, check_text)], tokenizer, 8).tokens
 
 
-@pytest.mark.parametrize("part", [1, 700, 2**22])
+@pytest.mark.parametrize("part", [100, 3000, 2**22])
 def test_a_token_file_holds_what_pack_gives(source, tokenizer, part, monkeypatch):
     monkeypatch.setattr(corpus, "PART", part)
     path = prepare(source, tokenizer)
@@ -66,9 +63,8 @@ def test_a_fresh_file_is_kept_and_a_stale_one_made_again(source, tokenizer, caps
     os.utime(source)  # touched, not changed
     prepare(source, tokenizer)
     assert path.stat().st_mtime_ns == made
-    content = open(source, "rb").read()
-    with open(source, "r+b") as file:  # one letter, and the same length
-        file.write(content.replace(b"baker", b"taker", 1))
+    content = Path(source).read_bytes()
+    Path(source).write_bytes(content.replace(b"baker", b"taker", 1))  # of the same length
     prepare(source, tokenizer)
     assert np.array_equal(open_tokens(path, tokenizer)[0], stream(source, tokenizer))
     other = Tokenizer.train([row["text"] for row in texts()], 300)
@@ -91,7 +87,7 @@ def test_a_token_file_of_another_tokenizer_or_cut_off_is_refused(source, tokeniz
     with pytest.raises(UserError, match="There is no data file"):
         prepare(str(path.parent / "none.jsonl"), tokenizer)
     (path.parent / "e.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="e.jsonl is empty"):
+    with pytest.raises(UserError, match=r"e\.jsonl is empty"):
         prepare(path.parent / "e.jsonl", tokenizer)
 
 
@@ -113,7 +109,9 @@ corpus.prepare(sys.argv[1], Tokenizer.load(sys.argv[2]))
 """
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, tokenizer, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    source, tokenizer, tmp_path, monkeypatch
+):
     whole = prepare(source, tokenizer, tmp_path / "whole.tokens").read_bytes()
     command = [sys.executable, "-c", KILLED, source, data_samples("tokenizer.json"), "5"]
     assert subprocess.run(command).returncode == -signal.SIGKILL
@@ -127,9 +125,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(source, tokenizer, tm
     assert len(encoded) == 300 - before and not partial.exists()
 
 
-def test_an_unfinished_file_of_a_changed_source_is_begun_anew(source, tokenizer, tmp_path, monkeypatch):
+def test_an_unfinished_file_of_a_changed_source_is_begun_anew(
+    source, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(corpus, "PART", 400)
-    lines = open(source, encoding="utf-8").readlines()
+    lines = Path(source).read_text(encoding="utf-8").splitlines(keepends=True)
     broken = [*lines[:100], "{\n", *lines[101:]]
     (tmp_path / "text.jsonl").write_text("".join(broken), encoding="utf-8")
     with pytest.raises(UserError, match=r"text\.jsonl, line 101: not JSON"):
@@ -138,7 +138,9 @@ def test_an_unfinished_file_of_a_changed_source_is_begun_anew(source, tokenizer,
     assert read_header(tmp_path / "text.tokens.partial").lines > 50
     lines[0] = lines[1]
     (tmp_path / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    assert np.array_equal(open_tokens(prepare(source, tokenizer), tokenizer)[0], stream(source, tokenizer))
+    assert np.array_equal(
+        open_tokens(prepare(source, tokenizer), tokenizer)[0], stream(source, tokenizer)
+    )
 
 
 def test_pieces_have_the_ids_of_whole_texts(tokenizer):
@@ -159,8 +161,22 @@ def test_other_tokenizers_get_whole_texts(tokenizer):
     tag = {**content["added_tokens"][3], "lstrip": True}
     for change in (
         {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "always",
+                "split": False,
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            }
+        },
         {"pre_tokenizer": None},
         {"added_tokens": [*content["added_tokens"][:3], tag, *content["added_tokens"][4:]]},
     ):
@@ -194,10 +210,19 @@ def test_a_tokenizer_sees_a_bounded_sample_of_the_source(source, monkeypatch):
 
 
 def test_training_prepares_by_itself_and_gives_the_same_losses(source, tmp_path, monkeypatch):
-    settings = {**SMALL, "data_path": source, "accumulation_steps": 1, "epochs": 0.2, "preset": "tiny"}
+    settings = {
+        **SMALL,
+        "data_path": source,
+        "accumulation_steps": 1,
+        "epochs": 0.2,
+        "preset": "tiny",
+    }
 
     def losses(name, **more):
-        result = minimind.train("pretrain", **{**settings, "eval_data_path": source, "out_dir": str(tmp_path / name), **more})
+        result = minimind.train(
+            "pretrain",
+            **{**settings, "eval_data_path": source, "out_dir": str(tmp_path / name), **more},
+        )
         return [(row["loss"], row["grad_norm"]) for row in result.history]
 
     in_memory = losses("a")
@@ -214,7 +239,7 @@ def test_training_prepares_by_itself_and_gives_the_same_losses(source, tmp_path,
 def test_rows_come_from_the_file_and_only_when_asked_for(tmp_path, tokenizer):
     path = write_lines(tmp_path / "c.jsonl", chats(40))
     rows = read_chats(path, tokenizer, 32)
-    whole = [minimind.stages.sft.encode_chat_row(tokenizer, row, 32) for row in chats(40)]
+    whole = [encode_chat_row(tokenizer, row, 32) for row in chats(40)]
     assert list(rows) == whole and rows[-1] == whole[-1] and rows[3:30:5] == whole[3:30:5]
     assert rows.lengths.tolist() == [len(example["input_ids"]) for example in whole]
     held = {name: value for name, value in vars(rows).items() if not callable(value)}
@@ -233,16 +258,20 @@ def test_the_index_of_a_large_file_is_kept_beside_it(tmp_path, tokenizer, monkey
     assert len(calls) == 1 and list(first) == list(again) and first.faults == again.faults
     read_chats(path, tokenizer, 16)  # other lengths
     read_chats(path, Tokenizer.train(["na say yes"], 300), 16)  # other tokens
+    whole = list(first)
     write_lines(tmp_path / "c.jsonl", chats(40, seed=1))  # other rows
-    assert list(read_chats(path, tokenizer, 16)) != list(first)[:16]
-    assert len(calls) == 4
+    assert list(read_chats(path, tokenizer, 32)) != whole and len(calls) == 4
+    with pytest.raises(UserError, match=r"c\.jsonl has changed"):
+        list(first)
     (tmp_path / "c.chat.index.npz").write_bytes(b"damaged")
     assert len(read_chats(path, tokenizer, 16)) == 40 and len(calls) == 5
 
 
 def test_an_index_takes_few_bytes_a_row(tmp_path):
     path = write_lines(tmp_path / "c.jsonl", chats(50))
-    offsets, lengths, _ = index_rows(tmp_path / "c.jsonl", check_conversation, lambda row: (7, None), False)
+    offsets, lengths, _ = index_rows(
+        tmp_path / "c.jsonl", check_conversation, lambda row: (7, None), False
+    )
     assert offsets.nbytes + lengths.nbytes == 12 * 50
-    lines = open(path, "rb").read()
+    lines = Path(path).read_bytes()
     assert all(lines[start : start + 16] == b'{"conversations"' for start in offsets)
