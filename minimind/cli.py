@@ -6,15 +6,19 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from minimind.bench import bench, bench_generate, bench_text, sampling_text
+from minimind import distributed
+from minimind.bench import bench, bench_generate, bench_text, machine_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.corpus import open_tokens, prepare, train_tokenizer
@@ -24,6 +28,7 @@ from minimind.errors import UserError, bad_value, needed
 from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
+from minimind.guard import Interrupted
 from minimind.interop import load, stretch, trained_length, write_hf
 from minimind.measures import MEASURES
 from minimind.model import MiniMind
@@ -142,11 +147,22 @@ class Serve(Weight):
 
 @dataclass
 class Bench(PretrainConfig):
-    """Time training steps of a configuration: tokens/s, utilisation, memory."""
+    """Measure training side by side: ours, transformers', number formats, compiled; memory, chats, times."""
 
+    batch_size: int = 2
+    """Rows of a step; a GPU wants 32 or more."""
+    max_seq_len: int = 512
+    compile: int = 1
+    """0: not compiled, which saves a minute."""
+    gradient_checkpointing: int = 1
+    """0: not with gradient checkpointing."""
     vocab_size: int = 6400
+    repeats: int = 5
+    """Steps of each side; the median counts."""
     generate: bool = False
     """Time sampling instead, beside transformers' generate on the same weights."""
+    json: str = ""
+    """A file to write the figures to as well."""
 
 
 def folder_of(preset: str, out_dir: str) -> str:
@@ -318,7 +334,11 @@ def run_bench(args: Bench) -> None:
     if args.generate:
         print(sampling_text(bench_generate(args, args.vocab_size)))
     else:
-        print(bench_text(args, bench(args, args.vocab_size)))
+        print(machine_text(args) + "\n")
+        found = bench(args, args.vocab_size, args.repeats)
+        print(bench_text(found))
+        if args.json:
+            Path(args.json).write_text(json.dumps([asdict(figure) for figure in found], indent=1))
 
 
 COMMANDS = {
@@ -363,6 +383,8 @@ def dispatch(arguments: list[str]) -> None:
         print(USAGE)
         return
     command, flags = arguments[0], arguments[1:]
+    if command not in CONFIGS and distributed.size() > 1:
+        raise UserError(f"{command} runs as one process, without torchrun.")
     if command in COMMANDS:
         kind, run = COMMANDS[command]
         run(parse(kind, flags, command))
@@ -372,8 +394,14 @@ def dispatch(arguments: list[str]) -> None:
     elif command in CONFIGS:
         preset, flags = split_preset(flags)
         default = CONFIGS[command](**preset_settings(command, preset))
-        result = train_config(command, parse(CONFIGS[command], flags, command, default))
-        print(
+        try:
+            result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        except Interrupted as stop:
+            given = re.sub(r" --from[-_]resume[ =]\S+", "", shlex.join(["minimind", *arguments]))
+            given = "the same torchrun command and" if distributed.size() > 1 else given
+            stop.go_on = f"{given} --from_resume 1"
+            raise
+        distributed.say(
             f"Saved {result.weight_path}: "
             + ", ".join(f"{k} {v:g}" for k, v in result.metrics.items())
         )
@@ -382,18 +410,25 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: exit code 0, or 2 with one paragraph on stderr."""
+    """Entry point: exit code 0; 2 with one paragraph on stderr; 130 or 143 after a signal."""
     try:
+        distributed.start()
         dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"minimind: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
+    except Interrupted as stop:
+        complain(stop)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
-        print(
-            "minimind: stopped. Go on from the last resume point with --from_resume 1.",
-            file=sys.stderr,
-        )
+        complain("stopped. Go on from the last resume point with --from_resume 1.")
         sys.exit(130)
+
+
+def complain(message: object) -> None:
+    """Print a message on stderr, unless another process of the run has done so."""
+    if distributed.may_complain():
+        print(f"minimind: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

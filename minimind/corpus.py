@@ -21,7 +21,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -84,9 +84,9 @@ def read_header(path: Path) -> Header | None:
     try:
         with open(path, "rb") as file:
             header = Header(**json.loads(file.read(HEADER)))
+        whole = header.format == FORMAT and path.stat().st_size >= header.end
     except (OSError, ValueError, TypeError):
         return None
-    whole = header.format == FORMAT and path.stat().st_size >= header.end
     return header if whole else None
 
 
@@ -192,6 +192,7 @@ def write_tokens(source: str | Path, tokenizer: Tokenizer, to: Path, skip: bool)
                 header.source_sha256 = digest.hexdigest()
                 header.write(out)
                 progress.update(read)
+            to_disk(out)
         if not header.documents:
             partial.unlink()
             raise UserError(f"{source} is empty: no good row. It needs one JSON object per line.")
@@ -233,9 +234,14 @@ def append_ids(out: BinaryIO, header: Header, ids: bytes) -> None:
     """Write ids behind the last ones. They reach the disk before a header that speaks of them."""
     out.seek(header.end)
     out.write(ids)
-    out.flush()
-    os.fsync(out.fileno())
+    to_disk(out)
     header.tokens += len(ids) // np.dtype(header.dtype).itemsize
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Wait until all that was written would outlive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class Encoder:
@@ -353,9 +359,12 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def __getitem__(self, index: int | slice | list[int]) -> Example | Rows:
+        if not isinstance(index, int | np.integer):  # some of the rows, still in the file
+            columns = {name: values[index] for name, values in self.columns.items()}
+            return replace(
+                self, offsets=self.offsets[index], lengths=self.lengths[index], columns=columns
+            )
         with open(self.path, "rb") as file:
             file.seek(int(self.offsets[index]))
             line = file.readline()

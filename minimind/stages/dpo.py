@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind import distributed
 from minimind.config import DPOConfig
 from minimind.corpus import Rows, hash_of, read_rows
 from minimind.data import IGNORED, Batch, check_conversation, pad_batch
 from minimind.errors import UserError
+from minimind.losses import token_logps
 from minimind.precision import autocast
-from minimind.stages.common import token_logps
+from minimind.stages.common import batch_logps
 from minimind.stages.sft import chat_labels
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Message, Tokenizer
@@ -73,7 +75,7 @@ def preference_loss(
     chance at the first step, where all are 0), both rewards, `kl`: ½(ln π - ln π_ref)² on the
     chosen answers, a gauge of KL(π ‖ π_ref) in nats that needs no sampling and cannot explode.
     """
-    logps = sequence_logps(model(batch["input_ids"]), batch["labels"])  # (2B,)
+    logps = batch_logps(model, batch).sum(-1)  # (2B,)
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), batch["ref_logps"].chunk(2)
     loss, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     metrics = {
@@ -196,9 +198,9 @@ def pair_logps(model: nn.Module, pairs: Sequence[Pair], pad_id: int, size: int =
     model.eval()
     found = []
     for start in range(0, len(pairs), size):
-        batch = pad_pairs(pairs[start : start + size], pad_id)
-        logits = model(batch["input_ids"].to(model.device))
-        logps = sequence_logps(logits, batch["labels"].to(model.device))
+        batch = pad_pairs(list(pairs[start : start + size]), pad_id)
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logps = batch_logps(model, on_device).sum(-1)
         found.append(logps.view(2, -1).T.cpu())
     model.train(was_training)
     return torch.cat(found)
@@ -213,10 +215,13 @@ def dpo_task(config: DPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
     train, faults = read_pairs(config.data_path, tokenizer, length, skip)
     heldout = read_pairs(held, tokenizer, length, skip)[0] if held else []
-    for pairs in filter(None, (train, heldout)):
+
+    def reference(part: Sequence[Pair], first: int) -> Tensor:
         with autocast(config, model.device):
-            logps = pair_logps(model, pairs, tokenizer.pad_id, config.batch_size)
-        pairs.columns["ref_logps"] = logps.numpy()
+            return pair_logps(model, part, tokenizer.pad_id, config.batch_size)
+
+    for pairs in filter(None, (train, heldout)):
+        pairs.columns["ref_logps"] = torch.cat(distributed.in_parts(reference, pairs)).numpy()
     return Task(
         train=train,
         heldout=heldout,

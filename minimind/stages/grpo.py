@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minimind.config import GRPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError, bad_value
-from minimind.stages.common import frozen_copy, k3, sequence_mean, token_logps
+from minimind.stages.common import batch_logps, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     SAMPLES_EVERY,
     Reward,
@@ -29,7 +29,7 @@ from minimind.stages.rl import (
     problem_numbers,
     read_problems,
     sample_answers,
-    training_batches,
+    shared_batches,
 )
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class GRPO:
             "advantages": advantages,
             "share": torch.full_like(advantages, float(kept.float().mean())),
         }
-        training = training_batches(answers, columns, self.tokenizer.pad_id, kept)
+        training = shared_batches(answers, columns, self.tokenizer.pad_id, kept)
         add_logps("ref_logps", self.reference, training, config)
         if config.num_iterations > 1:
             add_logps("old_logps", model, training, config)
@@ -166,7 +166,7 @@ class GRPO:
 
         With one update per rollout the policy that sampled is the policy itself.
         """
-        logps = token_logps(model(batch["input_ids"]), batch["labels"])
+        logps = batch_logps(model, batch)
         loss, metrics = grpo_loss(
             logps, batch.get("old_logps", logps.detach()), batch["ref_logps"], batch["advantages"],
             batch["labels"][:, 1:] != IGNORED, self.config.beta, self.config.clip_eps, self.config.policy_loss,

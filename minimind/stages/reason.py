@@ -3,6 +3,7 @@
 Rows are chat rows whose assistant turns read `<think>…</think><answer>…</answer>`. The loss is SFT's
 with more weight on the four tags, so that the form is learnt first: without it nothing can be read
 off, checked or rewarded later. It is the distillation step of DeepSeek-R1 (arXiv 2501.12948, §2.4).
+Who learns to think only forgets to chat: `chat_path` mixes ordinary chat rows in.
 
 Left out: the reinforcement learning by which the teacher came to think, and the filtering of its
 answers; the rows are taken as they come.
@@ -10,20 +11,23 @@ answers; the rows are taken as they come.
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from minimind.config import NORMALIZERS, ReasonConfig
 from minimind.corpus import Rows, hash_of, read_rows
 from minimind.data import IGNORED, Batch, check_conversation, pad_batch
 from minimind.errors import UserError, bad_value
-from minimind.stages.common import token_logps
-from minimind.stages.sft import encode_chat_row
+from minimind.losses import token_logps
+from minimind.stages.sft import encode_chat_row, read_chats
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import TAGS, Tokenizer
 
@@ -163,20 +167,34 @@ def look_at_reasoning(tokenizer: Tokenizer, max_length: int, row: dict) -> tuple
     return len(example["input_ids"]), cut
 
 
+def rehearsal(config: ReasonConfig, tokenizer: Tokenizer, rows: int) -> list[Rows]:
+    """Return `chat_share` x `rows` chat rows of `chat_path`, drawn by the seed; at most all of them.
+
+    An empty list if there are no chats to rehearse.
+    """
+    if not config.chat_path:
+        return []
+    chats = read_chats(config.chat_path, tokenizer, config.max_seq_len, config.skip_bad_rows)
+    wanted = min(len(chats), round(config.chat_share * rows))
+    drawn = random.Random(config.seed).sample(range(len(chats)), wanted)
+    return [chats[drawn]] if drawn else []
+
+
 def reason_task(config: ReasonConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
-    """Encode the conversations of `data_path` (and of `eval_data_path`)."""
+    """Encode the conversations of `data_path` (and of `eval_data_path`), and chats to rehearse."""
     tag_ids = tokenizer.tag_ids
     length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
-    train, faults = read_reasoning(config.data_path, tokenizer, length, skip)
+    rows, faults = read_reasoning(config.data_path, tokenizer, length, skip)
+    parts = [rows, *rehearsal(config, tokenizer, len(rows))]
 
     def count(batch: Batch) -> float:
         weights = tag_weights(batch["labels"], tag_ids, config.tag_weight)
         return float(loss_divisor(batch["labels"], weights, config.normalizer))
 
     return Task(
-        train=train,
+        train=rows if len(parts) == 1 else ConcatDataset(parts),
         heldout=read_reasoning(held, tokenizer, length, skip)[0] if held else [],
-        lengths=train.lengths,
+        lengths=np.concatenate([part.lengths for part in parts]),
         collate=partial(pad_batch, pad_id=tokenizer.pad_id),
         loss=partial(
             reasoning_loss, tag_ids=tag_ids, weight=config.tag_weight, normalizer=config.normalizer
