@@ -21,6 +21,7 @@ from minimind import distributed
 from minimind.bench import bench, bench_generate, bench_text, machine_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
+from minimind.corpus import open_tokens, prepare, train_tokenizer
 from minimind.course import course, report_text
 from minimind.download import download
 from minimind.errors import UserError, bad_value, needed
@@ -66,6 +67,19 @@ class Download:
     """The folder they go to."""
     source: Literal["huggingface", "modelscope"] = "huggingface"
     """The environment variable HF_ENDPOINT names a mirror of the first."""
+
+
+@dataclass
+class Prepare:
+    """Write the texts of a JSON-lines file as tokens, which training maps into memory."""
+
+    data_path: str = PretrainConfig.data_path
+    tokenizer_path: str = ""
+    """If empty, one of 6,400 tokens is trained on the texts and saved beside them."""
+    to: str = ""
+    """Where to; if empty, beside the source, ending in .tokens."""
+    skip_bad_rows: int = 0
+    """1 leaves out rows that cannot be used, names and counts them."""
 
 
 @dataclass
@@ -167,6 +181,20 @@ def run_download(args: Download) -> None:
     """Fetch one after the other."""
     for name in args.names:
         print(f"Ready: {download(name, args.to, args.source)}")
+
+
+def run_prepare(args: Prepare) -> None:
+    """Prepare; say what came of it and how to train on it."""
+    path = args.tokenizer_path or Path(args.data_path).with_suffix(".tokenizer.json")
+    if not args.tokenizer_path and not path.exists():
+        train_tokenizer(args.data_path).save(path)
+        print(f"Trained {path}. Give it to pretraining: --tokenizer_path {path}")
+    tokenizer = Tokenizer.load(path)
+    to = prepare(args.data_path, tokenizer, args.to, bool(args.skip_bad_rows))
+    tokens, skipped = open_tokens(to, tokenizer)
+    print(f"Ready: {to}, {len(tokens):,} tokens of {path}")
+    for fault, count in skipped.items():
+        print(f"{count:8,} x {fault}")
 
 
 def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
@@ -314,7 +342,8 @@ def run_bench(args: Bench) -> None:
 
 
 COMMANDS = {
-    "course": (Course, run_course), "download": (Download, run_download), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
+    "course": (Course, run_course), "download": (Download, run_download),
+    "prepare": (Prepare, run_prepare), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
     "export": (Export, run_export), "serve": (Serve, run_serve),
 }  # fmt: skip
 USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help lists the flags)
@@ -322,7 +351,7 @@ USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help li
 train one stage    {" ".join(CONFIGS)}
                    --preset tiny | course | full (default) and the flags of the guide
 everything         course
-get data           download
+get data           download  prepare
 use a weight       chat  eval  serve  export
 measure speed      bench"""
 

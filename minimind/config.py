@@ -157,6 +157,7 @@ class TrainConfig:
         log_interval: steps between two rows of the log.
         eval_interval: steps between two measurements of the held-out loss; 0: none.
         eval_data_path: held-out rows in the format of data_path.
+        skip_bad_rows: 1 leaves out rows that cannot be used, names and counts them; 0 stops at the first.
         fsdp: 1 cuts weights, gradients and optimizer states into shares, one for each process
             (FSDP2); for a model that is too large for one GPU.
         out_dir: folder of the weights. Resume points go to `checkpoints` if it is `out`, else
@@ -169,6 +170,7 @@ class TrainConfig:
 
     data_path: str = ""
     eval_data_path: str = ""
+    skip_bad_rows: int = 0
     tokenizer_path: str = "data_samples/tokenizer.json"
     out_dir: str = "out"
     from_weight: str = "none"

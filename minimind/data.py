@@ -11,13 +11,17 @@ a batch, so that little is.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from minimind.errors import UserError
 from minimind.tokenizer import ROLES, Tokenizer
@@ -27,47 +31,125 @@ Example = dict[str, list[int]]
 Batch = dict[str, Tensor]
 
 
-def read_jsonl(path: str | Path, check: Callable[[dict], str | None]) -> list[dict]:
+Check = Callable[[dict], str | None]  # what is wrong with a row, or None
+NAMED = 100  # bad rows of one kind that are named when they are skipped; all are counted
+
+
+def read_jsonl(path: str | Path, check: Check) -> list[dict]:
     """Return the rows of a JSON-lines file.
 
     Args:
-        check: looks at a row and returns what is wrong with it, or None.
+        check: looks at a row and returns what is wrong with it, or None. What it says up to the
+            first semicolon, full stop or bracket names the kind of fault.
 
     Raises:
         UserError: no such file, no rows, not UTF-8, not JSON, or `check` found a fault; file,
             line number and value are named.
     """
-    path = Path(path)
-    if not path.is_file():
+    return [row for _, row in scan_jsonl(path, check)]
+
+
+def scan_jsonl(
+    path: str | Path, check: Check, skipped: Counter | None = None
+) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a JSON-lines file one by one, each with the byte at which it begins.
+
+    Args:
+        skipped: where bad rows are counted by kind, and left out; None: the first is an error.
+
+    Raises:
+        UserError: as in `read_jsonl`.
+    """
+    offset, empty = 0, True
+    with open_source(path) as file:
+        for number, line in enumerate(file, start=1):
+            row = parse_row(line, f"{path}, line {number}", check, skipped)
+            if row is not None:
+                empty = False
+                yield offset, row
+            offset += len(line)
+    if empty:
+        raise UserError(f"{path} is empty: no good row. It needs one JSON object per line.")
+
+
+def open_source(path: str | Path) -> BinaryIO:
+    """Open a data file. UserError if there is none."""
+    if not Path(path).is_file():
         raise UserError(
             f"There is no data file {path}. Check data_path (a .jsonl file, one JSON object per line)."
         )
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if line.strip():
-            rows.append(_parse_row(line, f"{path}, line {number}", check))
-    if not rows:
-        raise UserError(f"{path} is empty. It needs one JSON object per line.")
-    return rows
+    return open(path, "rb")
 
 
-def _parse_row(line: bytes, where: str, check: Callable[[dict], str | None]) -> dict:
+def parse_row(line: bytes, where: str, check: Check, skipped: Counter | None = None) -> dict | None:
+    """Return the row of a line; None if the line is blank, or bad and counted in `skipped`.
+
+    Raises:
+        UserError: a bad row, and `skipped` is None.
+    """
+    if not line.strip():
+        return None
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = _parse(line)
+        fault = (
+            check(row) if isinstance(row, dict) else "is not a JSON object ({...}). Wrap it in one."
+        )
+    except UserError as error:
+        fault = str(error)
+    if not fault:
+        return row
+    message = f"{where}: {_short(fault, 400)} The row: {_short(line[:500].decode(errors='replace').strip())}"
+    if skipped is None:
+        raise UserError(message)
+    kind = f"bad row left out: {kind_of(fault)}"
+    skipped[kind] += 1
+    if skipped[kind] <= NAMED:
+        tqdm.write(f"Left out: {message}")
+    return None
+
+
+def _parse(line: bytes) -> object:
+    """Return what a line holds. UserError if that is not JSON, or cannot become tokens."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_without_twins)
+        if LONE_SURROGATE.search(line):  # perhaps: a pair of them is one good character
+            json.dumps(row, ensure_ascii=False).encode()
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: byte {error.start + 1} is not UTF-8 ({line[error.start : error.start + 4]!r}). "
+            f"byte {error.start + 1} is not UTF-8 ({line[error.start : error.start + 4]!r}). "
             "Save the file as UTF-8."
         ) from error
+    except UnicodeEncodeError as error:
+        raise UserError(r"holds half a character (\ud800 to \udfff, alone). Remove it.") from error
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}): {_short(line.decode())}. "
-            "Each line must be one JSON object."
-        ) from error
-    fault = check(row) if isinstance(row, dict) else "is not a JSON object ({...}). Wrap it in one."
-    if fault:
-        raise UserError(f"{where}: {fault} The row: {_short(json.dumps(row, ensure_ascii=False))}")
+        where = f"{error.msg} at column {error.colno}"
+        raise UserError(f"not JSON ({where}). Each line must be one JSON object.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
+        raise UserError(f"not JSON ({error}). Each line must be one JSON object.") from error
     return row
+
+
+def _without_twins(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"has a field twice ({twin!r}). Keep one.")
+    return row
+
+
+LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def kind_of(fault: str) -> str:
+    """Return a fault without what is particular to the row.
+
+    >>> kind_of("message 3 has the role 'robot'; use one of system, user, assistant.")
+    'message … has the role …'
+    """
+    return re.sub(r"'[^']*'|(?<!-)\b\d+\b", "…", re.split(r"[;.](?:\s|$)| \(", fault)[0])
 
 
 def _short(text: str, limit: int = 120) -> str:

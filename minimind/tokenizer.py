@@ -128,13 +128,35 @@ class Tokenizer:
             )
         return ids
 
+    @property
+    def ends_words_at_spaces(self) -> bool:
+        """Whether a token never holds a space, or a line end, together with what stands before it.
+
+        It is so in byte-level BPE (GPT-2's pattern) if nothing is normalised and no added token
+        looks at its surroundings: a text may then be encoded in pieces that begin with a space.
+        """
+        content = json.loads(self.to_json())
+        steps = content["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        return (
+            content["normalizer"] is None
+            and {step.get("type") for step in steps} in ({"ByteLevel"}, {"ByteLevel", "Digits"})
+            and not any(step.get("add_prefix_space") for step in steps)
+            and all(step.get("use_regex", True) for step in steps)
+            and not any(
+                token["lstrip"] or token["rstrip"] or token["single_word"] or not token["content"].strip()
+                or any(character.isspace() for character in token["content"])
+                for token in content["added_tokens"]
+            )
+        )  # fmt: skip
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`. Nothing is added at either end."""
         return self._bpe.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return `encode` of every text, computed on all cores."""
-        return [e.ids for e in self._bpe.encode_batch(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; the reasoning tags stay, special tokens go (by default)."""

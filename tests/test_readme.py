@@ -34,7 +34,7 @@ def out_dir(tmp_path_factory):
 
 
 def test_the_readme_shows_every_stage():
-    assert {command[0] for command in COMMANDS} == {*CONFIGS, "eval", "chat"}
+    assert {command[0] for command in COMMANDS} == {*CONFIGS, "eval", "chat", "download", "prepare"}
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c[0])
@@ -48,6 +48,19 @@ def test_commands_of_the_readme_run(command, out_dir, capsys, monkeypatch):
         flags += shlex.split(f"{SMALL}{MORE.get(stage, '')} --data_path {path} --out_dir {out_dir}")
         cli.dispatch([stage, *flags])
         assert "Saved" in capsys.readouterr().out
+    elif (
+        stage == "download"
+    ):  # parsed alone: gigabytes; test_download.py fetches from a server of its own
+        asked = cli.parse(cli.Download, flags, stage)
+        assert {f"{asked.to}/{name}.jsonl" for name in asked.names} < {
+            c().data_path for c in CONFIGS.values()
+        }
+    elif stage == "prepare":
+        cli.parse(cli.Prepare, flags, stage)
+        source = data_samples("pretrain_heldout.jsonl")
+        paths = f"--data_path {source} --tokenizer_path {data_samples('tokenizer.json')} --to {out_dir}/text.tokens"
+        cli.dispatch([stage, *flags, *shlex.split(paths)])
+        assert "Ready" in capsys.readouterr().out
     else:
         monkeypatch.setattr("builtins.input", lambda _: "")
         cli.dispatch([stage, *flags, "--out_dir", str(out_dir)])

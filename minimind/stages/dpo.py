@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from minimind import distributed
 from minimind.config import DPOConfig
-from minimind.data import IGNORED, Batch, check_conversation, pad_batch, read_jsonl
+from minimind.corpus import Rows, hash_of, read_rows
+from minimind.data import IGNORED, Batch, check_conversation, pad_batch
 from minimind.errors import UserError
 from minimind.losses import token_logps
 from minimind.precision import autocast
@@ -151,26 +152,34 @@ def fault_of(pair: Pair, max_length: int) -> str | None:
     return None
 
 
-def read_pairs(path: str, tokenizer: Tokenizer, max_length: int) -> tuple[list[Pair], Counter]:
-    """Read and encode preference rows; return those that teach something, and what was wrong.
+def read_pairs(
+    path: str, tokenizer: Tokenizer, max_length: int, skip_bad_rows: int = 0
+) -> tuple[Rows, Counter]:
+    """Open a file of preference rows; return those that teach something, and what was wrong.
 
     Raises:
         UserError: a row that is no pair (see `check_pair`), or no pair is left.
     """
-    pairs, faults = [], Counter()
-    for row in read_jsonl(path, check_pair):
-        pair = encode_pair(tokenizer, row, max_length)
-        fault = fault_of(pair, max_length)
-        if fault:
-            faults[fault] += 1
-            continue
-        pairs.append(pair)
-        ends = [pair[side]["labels"][-1] for side in SIDES]
-        if any(end not in (IGNORED, tokenizer.eos_id) for end in ends):
-            faults[f"answer cut at max_seq_len={max_length}"] += 1
-    if not pairs:
-        raise UserError(f"{path}: no pair is left ({dict(faults)}). Raise max_seq_len.")
-    return pairs, faults
+    pairs = read_rows(
+        path, check_pair, partial(encode_pair, tokenizer, max_length=max_length),
+        partial(look_at_pair, tokenizer, max_length), f"pairs {hash_of(tokenizer)} {max_length}",
+        bool(skip_bad_rows),
+    )  # fmt: skip
+    if not len(pairs):
+        raise UserError(f"{path}: no pair is left ({dict(pairs.faults)}). Raise max_seq_len.")
+    return pairs, pairs.faults
+
+
+def look_at_pair(tokenizer: Tokenizer, max_length: int, row: dict) -> tuple[int, str | None]:
+    """Return the length of the longer side, 0 if the pair is left out; and what is wrong, if anything."""
+    pair = encode_pair(tokenizer, row, max_length)
+    fault = fault_of(pair, max_length)
+    if fault:
+        return 0, fault
+    ends = [pair[side]["labels"][-1] for side in SIDES]
+    cut = any(end not in (IGNORED, tokenizer.eos_id) for end in ends)
+    length = max(len(pair[side]["input_ids"]) for side in SIDES)
+    return length, f"answer cut at max_seq_len={max_length}" if cut else None
 
 
 def pad_pairs(pairs: Sequence[Pair], pad_id: int) -> Batch:
@@ -189,7 +198,7 @@ def pair_logps(model: nn.Module, pairs: Sequence[Pair], pad_id: int, size: int =
     model.eval()
     found = []
     for start in range(0, len(pairs), size):
-        batch = pad_pairs(pairs[start : start + size], pad_id)
+        batch = pad_pairs(list(pairs[start : start + size]), pad_id)
         on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
         logps = batch_logps(model, on_device).sum(-1)
         found.append(logps.view(2, -1).T.cpu())
@@ -203,22 +212,20 @@ def dpo_task(config: DPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     They are computed in the number format of training: the margins of the first step are then 0
     up to rounding, and the loss is ln 2.
     """
-    train, faults = read_pairs(config.data_path, tokenizer, config.max_seq_len)
-    held = config.eval_data_path
-    heldout = read_pairs(held, tokenizer, config.max_seq_len)[0] if held else []
+    length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
+    train, faults = read_pairs(config.data_path, tokenizer, length, skip)
+    heldout = read_pairs(held, tokenizer, length, skip)[0] if held else []
 
     def reference(part: Sequence[Pair], first: int) -> Tensor:
         with autocast(config, model.device):
             return pair_logps(model, part, tokenizer.pad_id, config.batch_size)
 
     for pairs in filter(None, (train, heldout)):
-        logps = torch.cat(distributed.in_parts(reference, pairs))
-        for pair, refs in zip(pairs, logps.tolist(), strict=True):
-            pair["ref_logps"] = refs
+        pairs.columns["ref_logps"] = torch.cat(distributed.in_parts(reference, pairs)).numpy()
     return Task(
         train=train,
         heldout=heldout,
-        lengths=[max(len(pair[side]["input_ids"]) for side in SIDES) for pair in train],
+        lengths=train.lengths,
         collate=partial(pad_pairs, pad_id=tokenizer.pad_id),
         loss=partial(preference_loss, beta=config.beta, sft_coef=config.sft_coef),
         count=lambda batch: len(batch["input_ids"]) // 2,

@@ -177,20 +177,19 @@ class GRPO:
 def grpo_task(config: GRPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Read the problems of `data_path` and freeze a copy of the model as the reference."""
     check_settings(config)
-    problems, warnings = read_problems(config, tokenizer, model.config.max_position_embeddings)
+    problems = read_problems(config, tokenizer, model.config.max_position_embeddings)
     stage = GRPO(
         config, tokenizer, problems, frozen_copy(model), make_reward(config, problems, model.device)
     )
     return Task(
         train=[{"row": [i]} for i in range(len(problems))],
         heldout=[],  # a loss of 0 by design measures nothing; evaluate.py samples instead
-        lengths=[1]
-        * len(problems),  # not bucketed: a batch of one length is a batch of one difficulty
+        lengths=problems.lengths,
         collate=problem_numbers,
         loss=stage.loss,
         count=stage.count,
         rollout=stage.rollout,
-        warnings=warnings,
+        warnings=dict(problems.faults),
     )
 
 

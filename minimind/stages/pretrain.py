@@ -12,11 +12,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config import TrainConfig
-from minimind.data import IGNORED, Batch, PackedTokens, check_text, pack, pad_batch, read_jsonl
+from minimind.corpus import read_tokens
+from minimind.data import IGNORED, Batch, PackedTokens, pad_batch
 from minimind.errors import UserError
 from minimind.losses import is_small
 from minimind.stages.common import batch_logps
@@ -60,27 +62,33 @@ def language_model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics
     return loss + model.router_loss, {}
 
 
-def read_packed(path: str | Path, tokenizer: Tokenizer, block: int) -> PackedTokens:
-    """Read `{"text": …}` rows and pack them. UserError if they do not fill one block."""
-    texts = [row["text"] for row in read_jsonl(path, check_text)]
-    packed = pack(texts, tokenizer, block)
+def read_packed(
+    path: str | Path, tokenizer: Tokenizer, block: int, skip_bad_rows: int = 0
+) -> tuple[PackedTokens, dict[str, int]]:
+    """Pack `{"text": …}` rows, or a token file of them; return also the bad rows left out, by kind.
+
+    UserError if they do not fill one block.
+    """
+    tokens, skipped = read_tokens(path, tokenizer, bool(skip_bad_rows))
+    packed = PackedTokens(tokens, block)
     if not len(packed):
         raise UserError(
             f"{path} holds {len(packed.tokens)} tokens, fewer than one block of max_seq_len={block}. "
             "Lower max_seq_len or give more text."
         )
-    return packed
+    return packed, skipped
 
 
 def pretrain_task(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Pack the texts of `data_path` (and of `eval_data_path`) into blocks of `max_seq_len`."""
-    train = read_packed(config.data_path, tokenizer, config.max_seq_len)
-    held = config.eval_data_path
+    length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
+    train, skipped = read_packed(config.data_path, tokenizer, length, skip)
     return Task(
         train=train,
-        heldout=read_packed(held, tokenizer, config.max_seq_len) if held else [],
-        lengths=[config.max_seq_len] * len(train),
+        heldout=read_packed(held, tokenizer, length, skip)[0] if held else [],
+        lengths=np.full(len(train), length),
         collate=partial(pad_batch, pad_id=tokenizer.pad_id),
         loss=language_model_loss,
         count=count_labels,
+        warnings=skipped,
     )

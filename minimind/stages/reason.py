@@ -17,14 +17,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
 from minimind.config import NORMALIZERS, ReasonConfig
-from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
+from minimind.corpus import Rows, hash_of, read_rows
+from minimind.data import IGNORED, Batch, check_conversation, pad_batch
 from minimind.errors import UserError, bad_value
 from minimind.losses import token_logps
-from minimind.stages.sft import chat_labels, read_chats
+from minimind.stages.sft import encode_chat_row, read_chats
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import TAGS, Tokenizer
 
@@ -133,53 +136,65 @@ def fault_of_form(text: str) -> str | None:
 
 
 def read_reasoning(
-    path: str, tokenizer: Tokenizer, max_length: int
-) -> tuple[list[Example], Counter]:
-    """Read and encode reasoning rows; return those with a label, and what was cut, counted.
+    path: str, tokenizer: Tokenizer, max_length: int, skip_bad_rows: int = 0
+) -> tuple[Rows, Counter]:
+    """Open a file of reasoning rows; return those with a label, and what was cut, counted.
 
     Raises:
         UserError: a row of another form (see `check_reasoning`), or no row is left.
     """
-    examples, faults = [], Counter()
-    for row in read_jsonl(path, check_reasoning):
-        input_ids, labels = chat_labels(tokenizer, row["conversations"], max_length)
-        if all(label == IGNORED for label in labels):
-            faults[f"row left out: its prompt fills max_seq_len={max_length}"] += 1
-            continue
-        spoken = [m["content"] for m in row["conversations"] if m["role"] == "assistant"]
-        whole = sum(len(tokenizer.encode(text)) + 1 for text in spoken)
-        if sum(label != IGNORED for label in labels) < whole:
-            faults[f"answer cut at max_seq_len={max_length}: its end is not learnt"] += 1
-        examples.append({"input_ids": input_ids, "labels": labels})
-    if not examples:
-        raise UserError(f"{path}: no row is left ({dict(faults)}). Raise max_seq_len.")
-    return examples, faults
+    rows = read_rows(
+        path, check_reasoning, partial(encode_chat_row, tokenizer, max_length=max_length),
+        partial(look_at_reasoning, tokenizer, max_length), f"reason {hash_of(tokenizer)} {max_length}",
+        bool(skip_bad_rows),
+    )  # fmt: skip
+    if not len(rows):
+        raise UserError(f"{path}: no row is left ({dict(rows.faults)}). Raise max_seq_len.")
+    return rows, rows.faults
 
 
-def rehearsal(config: ReasonConfig, tokenizer: Tokenizer, rows: int) -> list[Example]:
-    """Return `chat_share` x `rows` chat rows of `chat_path`, drawn by the seed; at most all of them."""
+def look_at_reasoning(tokenizer: Tokenizer, max_length: int, row: dict) -> tuple[int, str | None]:
+    """Return a row's length, 0 if it has no label and is left out; and what was cut off, if anything."""
+    example = encode_chat_row(tokenizer, row, max_length)
+    labels = sum(label != IGNORED for label in example["labels"])
+    if not labels:
+        return 0, f"row left out: its prompt fills max_seq_len={max_length}"
+    spoken = [m["content"] for m in row["conversations"] if m["role"] == "assistant"]
+    whole = sum(len(tokenizer.encode(text)) + 1 for text in spoken)
+    cut = (
+        f"answer cut at max_seq_len={max_length}: its end is not learnt" if labels < whole else None
+    )
+    return len(example["input_ids"]), cut
+
+
+def rehearsal(config: ReasonConfig, tokenizer: Tokenizer, rows: int) -> list[Rows]:
+    """Return `chat_share` x `rows` chat rows of `chat_path`, drawn by the seed; at most all of them.
+
+    An empty list if there are no chats to rehearse.
+    """
     if not config.chat_path:
         return []
-    chats = read_chats(config.chat_path, tokenizer, config.max_seq_len)
+    chats = read_chats(config.chat_path, tokenizer, config.max_seq_len, config.skip_bad_rows)
     wanted = min(len(chats), round(config.chat_share * rows))
-    return random.Random(config.seed).sample(chats, wanted)
+    drawn = random.Random(config.seed).sample(range(len(chats)), wanted)
+    return [chats[drawn]] if drawn else []
 
 
 def reason_task(config: ReasonConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Encode the conversations of `data_path` (and of `eval_data_path`), and chats to rehearse."""
     tag_ids = tokenizer.tag_ids
-    train, faults = read_reasoning(config.data_path, tokenizer, config.max_seq_len)
-    train += rehearsal(config, tokenizer, len(train))
-    held = config.eval_data_path
+    length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
+    rows, faults = read_reasoning(config.data_path, tokenizer, length, skip)
+    parts = [rows, *rehearsal(config, tokenizer, len(rows))]
 
     def count(batch: Batch) -> float:
         weights = tag_weights(batch["labels"], tag_ids, config.tag_weight)
         return float(loss_divisor(batch["labels"], weights, config.normalizer))
 
     return Task(
-        train=train,
-        heldout=read_reasoning(held, tokenizer, config.max_seq_len)[0] if held else [],
-        lengths=[len(example["input_ids"]) for example in train],
+        train=rows if len(parts) == 1 else ConcatDataset(parts),
+        heldout=read_reasoning(held, tokenizer, length, skip)[0] if held else [],
+        lengths=np.concatenate([part.lengths for part in parts]),
         collate=partial(pad_batch, pad_id=tokenizer.pad_id),
         loss=partial(
             reasoning_loss, tag_ids=tag_ids, weight=config.tag_weight, normalizer=config.normalizer

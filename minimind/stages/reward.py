@@ -21,7 +21,7 @@ from minimind.config import RewardConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
 from minimind.model import MiniMind
-from minimind.stages.dpo import SIDES, Pair, pad_pairs, read_pairs
+from minimind.stages.dpo import Pair, pad_pairs, read_pairs
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Message, Tokenizer
 
@@ -112,13 +112,13 @@ def score_conversations(
 
 def reward_task(config: RewardConfig, model: MiniMind, tokenizer: Tokenizer) -> Task:
     """Encode the pairs of `data_path` (and `eval_data_path`) and add the score to the model."""
-    train, faults = read_pairs(config.data_path, tokenizer, config.max_seq_len)
-    held = config.eval_data_path
+    length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
+    train, faults = read_pairs(config.data_path, tokenizer, length, skip)
     add_score(model)
     return Task(
         train=train,
-        heldout=read_pairs(held, tokenizer, config.max_seq_len)[0] if held else [],
-        lengths=[max(len(pair[side]["input_ids"]) for side in SIDES) for pair in train],
+        heldout=read_pairs(held, tokenizer, length, skip)[0] if held else [],
+        lengths=train.lengths,
         collate=partial(pad_pairs, pad_id=tokenizer.pad_id),
         loss=partial(reward_loss, centre=config.centre),
         count=lambda batch: len(batch["input_ids"]) // 2,

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from minimind import distributed
 from minimind.checkpoint import load
 from minimind.config import GRPOConfig, SPOConfig
-from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
+from minimind.corpus import Rows, hash_of, read_rows
+from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch
 from minimind.errors import UserError
 from minimind.generate import sample_rollouts
 from minimind.precision import autocast
@@ -65,11 +66,11 @@ def check_problem(row: dict) -> str | None:
     *asked, last = row["conversations"]
     if last["role"] != "assistant" or last["content"].strip() or not asked:
         return (
-            f"its last turn is {last}; it must be an empty assistant turn after a question, "
-            'for the model to write. Append {"role": "assistant", "content": ""}.'
+            "its last turn must be an empty assistant turn after a question, for the model to write; "
+            f'it is {last}. Append {{"role": "assistant", "content": ""}}.'
         )
     if "answer" in row and not (isinstance(row["answer"], str) and row["answer"].strip()):
-        return f'"answer" is {row["answer"]!r}; give the right answer as a string, or leave it out.'
+        return f'"answer" must be a string; it is {row["answer"]!r}. Give the right answer, or leave it out.'
     return None
 
 
@@ -78,10 +79,8 @@ def prompt_ids(row: dict, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode_chat(row["conversations"][:-1], add_generation_prompt=True)
 
 
-def read_problems(
-    config: RLConfig, tokenizer: Tokenizer, room: int
-) -> tuple[list[dict], dict[str, int]]:
-    """Read the rows of `data_path`; those with prompts beyond `max_seq_len` are left out and counted.
+def read_problems(config: RLConfig, tokenizer: Tokenizer, room: int) -> Rows:
+    """Open the rows of `data_path`; those with prompts beyond `max_seq_len` are left out and counted.
 
     Cutting a prompt would ask another question, so it is left whole or out.
 
@@ -103,15 +102,20 @@ def read_problems(
             )
         return fault
 
-    rows = read_jsonl(config.data_path, check)
-    fitting = [row for row in rows if len(prompt_ids(row, tokenizer)) <= config.max_seq_len]
-    left_out = f"prompt longer than max_seq_len={config.max_seq_len}, left out"
-    if not fitting:
+    def look(row: dict) -> tuple[int, str | None]:
+        if len(prompt_ids(row, tokenizer)) > config.max_seq_len:
+            return 0, f"prompt longer than max_seq_len={config.max_seq_len}, left out"
+        return 1, None  # not bucketed: a batch of one length is a batch of one difficulty
+
+    made_for = f"problems {hash_of(tokenizer)} {config.max_seq_len} {room - config.max_new_tokens}"
+    skip = bool(config.skip_bad_rows)
+    problems = read_rows(config.data_path, check, lambda row: row, look, made_for, skip)
+    if not len(problems):
         raise UserError(
             f"Every prompt of {config.data_path} is longer than max_seq_len={config.max_seq_len} "
             "tokens. Raise max_seq_len."
         )
-    return fitting, {left_out: len(rows) - len(fitting)} if len(fitting) < len(rows) else {}
+    return problems
 
 
 def problem_numbers(examples: Sequence[Example]) -> Batch:

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import nn
 
 from minimind.config import TrainConfig
-from minimind.data import IGNORED, Example, check_conversation, pad_batch, read_jsonl
+from minimind.corpus import Rows, hash_of, read_rows
+from minimind.data import IGNORED, Example, check_conversation, pad_batch
 from minimind.stages.pretrain import count_labels, language_model_loss
 from minimind.stages.task import Task
 from minimind.tokenizer import Message, Tokenizer
@@ -42,24 +43,36 @@ def chat_labels(
     return input_ids[:max_length], labels[:max_length]
 
 
-def read_chats(path: str | Path, tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Read chat rows and encode each; a row whose answers are all cut off stays, with no label."""
-    examples = []
-    for row in read_jsonl(path, check_conversation):
-        input_ids, labels = chat_labels(tokenizer, row["conversations"], max_length)
-        examples.append({"input_ids": input_ids, "labels": labels})
-    return examples
+def read_chats(
+    path: str | Path, tokenizer: Tokenizer, max_length: int, skip_bad_rows: int = 0
+) -> Rows:
+    """Open a file of chat rows; a row whose answers are all cut off stays, with no label."""
+
+    def encode(row: dict) -> Example:
+        return encode_chat_row(tokenizer, row, max_length)
+
+    return read_rows(
+        path, check_conversation, encode, lambda row: (len(encode(row)["input_ids"]), None),
+        f"chat {hash_of(tokenizer)} {max_length}", bool(skip_bad_rows),
+    )  # fmt: skip
+
+
+def encode_chat_row(tokenizer: Tokenizer, row: dict, max_length: int) -> Example:
+    """Encode a chat row with `chat_labels`."""
+    input_ids, labels = chat_labels(tokenizer, row["conversations"], max_length)
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def sft_task(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Encode the conversations of `data_path` (and of `eval_data_path`)."""
-    train = read_chats(config.data_path, tokenizer, config.max_seq_len)
-    held = config.eval_data_path
+    length, held, skip = config.max_seq_len, config.eval_data_path, config.skip_bad_rows
+    train = read_chats(config.data_path, tokenizer, length, skip)
     return Task(
         train=train,
-        heldout=read_chats(held, tokenizer, config.max_seq_len) if held else [],
-        lengths=[len(example["input_ids"]) for example in train],
+        heldout=read_chats(held, tokenizer, length, skip) if held else [],
+        lengths=train.lengths,
         collate=partial(pad_batch, pad_id=tokenizer.pad_id),
         loss=language_model_loss,
         count=count_labels,
+        warnings=dict(train.faults),
     )

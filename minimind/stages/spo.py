@@ -307,17 +307,17 @@ def spo_task(config: SPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
             "batch_size=1 and accumulation_steps=1: advantages are normalised over the answers of "
             "a step, and one answer has nothing to be compared with. Raise either."
         )
-    problems, warnings = read_problems(config, tokenizer, model.config.max_position_embeddings)
+    problems = read_problems(config, tokenizer, model.config.max_position_embeddings)
     reward = make_reward(config, problems, model.device)
     stage = SPO(config, tokenizer, problems, frozen_copy(model), reward, reward.span)
     return Task(
         train=[{"row": [i]} for i in range(len(problems))],
         heldout=[],  # the loss says nothing of the skill; evaluate.py samples instead
-        lengths=[1] * len(problems),
+        lengths=problems.lengths,
         collate=problem_numbers,
         loss=stage.loss,
         count=stage.count,
         rollout=stage.rollout,
         memory=stage,
-        warnings=warnings,
+        warnings=dict(problems.faults),
     )

@@ -397,11 +397,11 @@ EMPTY = {"role": "assistant", "content": ""}
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"conversations": [QUESTION, ANSWERED]}, r"line 7: its last turn is .*It is 4.*empty assistant turn"),
+        ({"conversations": [QUESTION, ANSWERED]}, r"line 7: its last turn must be an empty assistant turn.*It is 4"),
         ({"conversations": [QUESTION]}, r"line 7: .*'assistant'"),
-        ({"conversations": [QUESTION, EMPTY, QUESTION]}, r"line 7: its last turn is .*2\+2.*empty assistant turn"),
+        ({"conversations": [QUESTION, EMPTY, QUESTION]}, r"line 7: its last turn must be an empty assistant turn.*2\+2"),
         ({"conversations": [EMPTY]}, r"line 7: its last turn.*after a question"),
-        ({"conversations": [QUESTION, EMPTY], "answer": 4}, r'line 7: "answer" is 4; give .* string'),
+        ({"conversations": [QUESTION, EMPTY], "answer": 4}, r'line 7: "answer" must be a string; it is 4'),
         ({"conversations": [{**QUESTION, "content": "na " * 40000}, EMPTY]},
          r"line 7: its prompt has \d+ tokens and leaves no room for max_new_tokens=5.*32768 positions"),
     ],

@@ -115,8 +115,9 @@ def test_micro_batches_have_the_gradient_of_the_whole(tokenizer, small_model, he
                           eval_data_path="", normalizer=normalizer)  # fmt: skip
     model = small_model(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
     task = reason_task(config, model, tokenizer)
-    parts = [task.train[:1], task.train[1:7], task.train[7:9]]
-    whole = task.collate(task.train[:9])
+    train = list(task.train)
+    parts = [train[:1], train[1:7], train[7:9]]
+    whole = task.collate(train[:9])
 
     def gradient(batches):
         model.zero_grad()
@@ -136,7 +137,7 @@ def test_logged_figures_do_not_depend_on_the_weight(tokenizer, small_model, here
     for weight in (1.0, 10.0):
         config = stage_config("reason", "tiny", data_path=data, tag_weight=weight)
         task = reason_task(config, model, tokenizer)
-        batch = task.collate(task.train[:5])
+        batch = task.collate(list(task.train)[:5])
         found[weight] = (*task.loss(model, batch)[1].values(), task.loss(model, batch)[0])
     assert found[1.0][:2] == found[10.0][:2]
     assert torch.allclose(found[1.0][0], found[1.0][2]) and found[10.0][2] > 2 * found[1.0][2]
@@ -303,7 +304,7 @@ def test_ordinary_chats_are_mixed_in_without_a_weight_of_their_own(tokenizer, sm
 
     def trained(**settings):
         config = stage_config("reason", "tiny", data_path=data, eval_data_path="", **settings)
-        return reason_task(config, model, tokenizer).train
+        return list(reason_task(config, model, tokenizer).train)
 
     alone = trained(chat_path="")
     mixed = trained(chat_path=chats, chat_share=0.5)
