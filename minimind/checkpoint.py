@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable
@@ -333,6 +334,16 @@ def load_adapted(path: Path, lora: dict) -> MiniMind:
     return merge_lora(model)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: str | Path) -> str:
     """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return digest_of(path).hexdigest()
+
+
+def digest_of(path: str | Path, size: float = math.inf) -> hashlib._Hash:
+    """Return the SHA-256 of a file's first `size` bytes, read in pieces; it can be added to."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(int(min(size, 2**20))):
+            digest.update(piece)
+            size -= len(piece)
+    return digest

@@ -32,7 +32,7 @@ import numpy as np
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from minimind.checkpoint import write_atomically
+from minimind.checkpoint import digest_of, fingerprint, write_atomically
 from minimind.data import Check, Example, check_text, open_source, parse_row, scan_jsonl
 from minimind.errors import UserError
 from minimind.tokenizer import Tokenizer
@@ -90,17 +90,6 @@ def read_header(path: Path) -> Header | None:
     return header if whole else None
 
 
-def digest_of(path: str | Path, size: int | None = None) -> hashlib._Hash:
-    """Return the sha256 of a file's first `size` bytes (default: of all), read in pieces."""
-    digest = hashlib.sha256()
-    left = Path(path).stat().st_size if size is None else size
-    with open(path, "rb") as file:
-        while left > 0 and (piece := file.read(min(left, 2**20))):
-            digest.update(piece)
-            left -= len(piece)
-    return digest
-
-
 def hash_of(tokenizer: Tokenizer) -> str:
     """Return the sha256 of a tokenizer."""
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
@@ -113,17 +102,14 @@ def alone(path: Path) -> Iterator[None]:
     UserError if its folder cannot be written.
     """
     try:
-        lock = FileLock(f"{path}.lock")
-        lock.acquire()
+        held = FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error}). Write it elsewhere with minimind prepare --to, and "
             "give that file as data_path."
         ) from error
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 # Text to tokens
@@ -163,7 +149,7 @@ def staleness(to: Path, source: str | Path, tokenizer: Tokenizer, skip: bool) ->
     if header.skipped and not skip:
         return f"leaves out {sum(header.skipped.values())} bad rows, and skip_bad_rows is 0"
     size = Path(source).stat().st_size
-    if header.source_bytes != size or header.source_sha256 != digest_of(source).hexdigest():
+    if header.source_bytes != size or header.source_sha256 != fingerprint(source):
         return "was made before its source changed"
     return None
 
@@ -403,7 +389,7 @@ def read_rows(
     if path.stat().st_size < SMALL:
         return Rows(path, make, *index_rows(path, check, look, skip_bad_rows))
     index = path.with_name(f"{path.stem}.{made_for.split()[0]}.index.npz")
-    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {digest_of(path).hexdigest()}"
+    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {fingerprint(path)}"
     with alone(index):
         found = load_index(index, stamp)
         if found is None:

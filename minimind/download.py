@@ -9,11 +9,11 @@ Left out: downloads in parallel, and private data sets.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from minimind.checkpoint import fingerprint
 from minimind.errors import UserError, bad_value, needed
 
 HUB_NAME = "jingyaogong/minimind_dataset"
@@ -139,18 +139,9 @@ def fault_of(path: Path, remote: Remote) -> str | None:
     size = path.stat().st_size
     if remote.size and size != remote.size:
         return f"has {size:,} bytes instead of {remote.size:,}"
-    if remote.sha256 and sha256(path) != remote.sha256:
+    if remote.sha256 and fingerprint(path) != remote.sha256:
         return f"has another sha256 than {remote.sha256}"
     return None
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:
