@@ -14,6 +14,7 @@ from typing import Literal
 
 import tyro
 
+from minimind import distributed
 from minimind.bench import bench, bench_generate, bench_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
@@ -314,6 +315,8 @@ def dispatch(arguments: list[str]) -> None:
         print(USAGE)
         return
     command, flags = arguments[0], arguments[1:]
+    if command not in CONFIGS and distributed.size() > 1:
+        raise UserError(f"{command} runs as one process, without torchrun.")
     if command in COMMANDS:
         kind, run = COMMANDS[command]
         run(parse(kind, flags, command))
@@ -324,7 +327,7 @@ def dispatch(arguments: list[str]) -> None:
         preset, flags = split_preset(flags)
         default = CONFIGS[command](**preset_settings(command, preset))
         result = train_config(command, parse(CONFIGS[command], flags, command, default))
-        print(
+        distributed.say(
             f"Saved {result.weight_path}: "
             + ", ".join(f"{k} {v:g}" for k, v in result.metrics.items())
         )
@@ -335,16 +338,20 @@ def dispatch(arguments: list[str]) -> None:
 def main() -> None:
     """Entry point: exit code 0, or 2 with one paragraph on stderr."""
     try:
+        distributed.start()
         dispatch(sys.argv[1:])
     except UserError as error:
-        print(f"minimind: {error}", file=sys.stderr)
+        complain(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "minimind: stopped. Go on from the last resume point with --from_resume 1.",
-            file=sys.stderr,
-        )
+        complain("stopped. Go on from the last resume point with --from_resume 1.")
         sys.exit(130)
+
+
+def complain(message: object) -> None:
+    """Print a message on stderr, unless another process of the run has done so."""
+    if distributed.may_complain():
+        print(f"minimind: {message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data; may be a fraction.
-        batch_size: rows (or packed blocks) in one forward pass.
-        accumulation_steps: forward passes per optimizer step.
+        batch_size: rows (or packed blocks) in one forward pass of one process.
+        accumulation_steps: forward passes per optimizer step, of each process.
         learning_rate: peak; it falls along a cosine to a tenth of it.
         optimizer: "adamw", or "muon" for the matrices of the blocks and AdamW for the rest.
         warmup_steps: steps of linear warm-up before the cosine.
@@ -151,6 +151,8 @@ class TrainConfig:
         log_interval: steps between two rows of the log.
         eval_interval: steps between two measurements of the held-out loss; 0: none.
         eval_data_path: held-out rows in the format of data_path.
+        fsdp: 1 cuts weights, gradients and optimizer states into shares, one for each process
+            (FSDP2); for a model that is too large for one GPU.
         out_dir: folder of the weights. Resume points go to `checkpoints` if it is `out`, else
             to `<out_dir>/checkpoints`.
     """
@@ -173,6 +175,7 @@ class TrainConfig:
     max_seq_len: int = 340
     dtype: str = "bfloat16"
     device: str = "auto"
+    fsdp: int = 0
     seed: int = 42
     from_resume: int = 0
     save_interval: int = 100

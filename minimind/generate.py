@@ -102,13 +102,13 @@ def left_pad(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def row_streams(rows: int, steps: int, seed: int | None) -> Tensor:
-    """Return uniform numbers (rows, steps) in [0, 1), row r from a stream of its own.
+def row_streams(rows: int, steps: int, seed: int | None, first: int = 0) -> Tensor:
+    """Return uniform numbers (rows, steps) in [0, 1), row r from a stream of its own, `first` + r.
 
-    Seed and row are hashed together, so the streams of two seeds have nothing in common.
+    Seed and stream are hashed together, so the streams of two seeds have nothing in common.
     """
     base = int(torch.randint(2**31, (1,))) if seed is None else seed
-    streams = [np.random.default_rng((base, r)).random(steps) for r in range(rows)]
+    streams = [np.random.default_rng((base, first + r)).random(steps) for r in range(rows)]
     return torch.from_numpy(np.stack(streams))
 
 
@@ -147,7 +147,7 @@ def stream(
 
 def sample_rollouts(
     model: MiniMind, prompts: Sequence[Sequence[int]], num_generations: int, max_new_tokens: int,
-    eos_id: int, seed: int | None = None, compiled: bool = False,
+    eos_id: int, seed: int | None = None, compiled: bool = False, first_row: int = 0,
 ) -> Rollouts:  # fmt: skip
     """Sample `num_generations` answers to every prompt, in rows p0, p0, …, p1, p1, …
 
@@ -158,6 +158,8 @@ def sample_rollouts(
     Args:
         compiled: compile the step of one token, for long runs on a GPU: the first call costs a
             minute or so, and rows that have ended stay in the batch to keep its shape.
+        first_row: the random stream of the first answer; the others follow. A part of a batch, with
+            the number of its first row, samples what it would within the whole.
 
     Raises:
         UserError: as `generate`, or num_generations below 1.
@@ -167,7 +169,15 @@ def sample_rollouts(
     with _ready(model, prompts, max_new_tokens):
         shape, count = next_token_probabilities, len(prompts) * num_generations
         steps = _steps(
-            model, prompts, num_generations, max_new_tokens, eos_id, seed, shape, compiled
+            model,
+            prompts,
+            num_generations,
+            max_new_tokens,
+            eos_id,
+            seed,
+            shape,
+            compiled,
+            first_row,
         )
         tokens, logps, lengths = _collect(steps, count, max_new_tokens, eos_id, model.device)
     return _as_rollouts(prompts, num_generations, tokens, logps, lengths, eos_id)
@@ -206,7 +216,7 @@ def _collect(steps: Iterator[Step], count: int, max_new_tokens: int, eos_id: int
 @torch.no_grad()
 def _steps(
     model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
-    seed: int | None, shape: Shape, compiled: bool = False,
+    seed: int | None, shape: Shape, compiled: bool = False, first_row: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
     """Continue every prompt `copies` times: the loop behind everything that samples.
 
@@ -216,7 +226,7 @@ def _steps(
     state = _prefill(model, prompts, copies, max_new_tokens, compiled)
     advance = _compiled_step if compiled else _step
     rows = torch.arange(len(state.mask), device=model.device)
-    uniform = row_streams(len(rows), max_new_tokens, seed).to(model.device)
+    uniform = row_streams(len(rows), max_new_tokens, seed, first_row).to(model.device)
     done = torch.zeros_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         probabilities = shape(state.logits)

@@ -3,6 +3,7 @@
 A run is a pure function of its settings: step s uses batches s·k … s·k+k-1 of a stream that can be
 sought, and a learning rate that depends on s alone. So a resume point needs only the weights, the
 optimizer, the step and the random states, and a resumed run is bit-identical to an unbroken one.
+With N processes (`distributed.py`) a step uses N·k batches of the same stream, every N-th by each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from minimind import distributed
 from minimind.checkpoint import (
     load_model,
     load_state,
@@ -83,8 +85,9 @@ def train(
 
 def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
     """Train one stage from a complete config; `train` is this with a preset."""
+    distributed.start()
     for needed, settings in NEEDS[stage](config) if stage in NEEDS else []:
-        print(
+        distributed.say(
             f"{stage} needs {settings.save_weight}_{settings.hidden_size} first: {needed} starts."
         )
         train_config(needed, settings)
@@ -93,7 +96,9 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     model, tokenizer, lineage = starting_point(config)
     task = STAGES[stage](config, model.to(device), tokenizer)
     for fault, count in task.warnings.items():
-        print(f"Warning: {count} x {fault}")
+        distributed.say(f"Warning: {count} x {fault}")
+    if config.fsdp:
+        distributed.shard(model, stage, config.optimizer, config.dtype)
     batches = Batches(task.train, config.batch_size, config.seed, task.collate, task.lengths)
     run = Run(model.train(), make_optimizers(model, config), make_scaler(config, device))
 
@@ -101,6 +106,7 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     resume_path = config.checkpoint_dir / f"{name}_resume.pth"
     if config.from_resume and resume_path.exists():
         restore(run, task, resume_path, config)
+    distributed.own_noise(config.seed, run.step)
 
     started = time.monotonic()
     fit(run, task, batches, config, name, resume_path, callback)
@@ -108,7 +114,10 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
 
     path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
     lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
-    save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
+    model = distributed.unsharded(model)
+    if distributed.is_first():
+        save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
+    distributed.wait()  # a stage that follows reads it
     return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
 
 
@@ -116,22 +125,25 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
         callback: Callback | None = None) -> None:  # fmt: skip
     """Take all steps that are left; log, measure and write resume points on the way."""
     total_batches = max(1, ceil(config.epochs * batches.per_epoch))
-    k = config.accumulation_steps
+    k = config.accumulation_steps * distributed.size()
     total_steps = ceil(total_batches / k)
-    trackers = start_trackers(config, name, run.history)
-    progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0)
+    first = distributed.is_first()
+    trackers = start_trackers(config, name, run.history) if first else []
+    progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0,
+                    disable=not first)  # fmt: skip
     tokens, rolling, since, figures = 0, 0.0, time.monotonic(), []
     if callback and run.step == 0:
         callback(0, run.model)
 
     while run.step < total_steps:
-        group = [batches[m] for m in range(run.step * k, min((run.step + 1) * k, total_batches))]
+        numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
         lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
-        updates, rolled = [group], {}
-        if task.rollout:
+        if task.rollout:  # shares its prompts out itself
             began = time.monotonic()
-            updates, rolled = task.rollout(run.model, group, run.step)
+            updates, rolled = task.rollout(run.model, [batches[m] for m in numbers], run.step)
             rolling += time.monotonic() - began
+        else:
+            updates, rolled = [distributed.shared(batches, numbers)], {}
         for update in updates:
             loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
         run.step += 1
@@ -147,7 +159,7 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
                 run.step % config.eval_interval == 0 or last or run.step == 1
             ):
                 row["heldout_loss"] = heldout_loss(run.model, task, config)
-            row["tokens_per_second"] = round(tokens / (time.monotonic() - since))
+            row["tokens_per_second"] = round(distributed.total(tokens) / (time.monotonic() - since))
             if task.rollout:
                 row["rollout_share"] = round(rolling / (time.monotonic() - since), 3)
             run.history.append(row)
@@ -174,13 +186,15 @@ def optimizer_step(
 ) -> tuple[Tensor, Metrics, Tensor]:
     """One step on a group of batches; return loss and metrics over all of them, and the gradient's norm.
 
-    Each batch's means are weighted by its share of what is counted in the whole group.
+    Each batch's means are weighted by its share of what is counted in the whole group, which is
+    that of all processes.
     """
     device = run.model.device
-    total = max(1, sum(task.count(batch) for batch in group))
+    counts = [0 if "idle" in batch else task.count(batch) for batch in group]
+    total = max(1, distributed.total(sum(counts)))
     loss_sum, metrics = torch.zeros((), device=device), Counter()
-    for batch in group:
-        share = task.count(batch) / total
+    for batch, count in zip(group, counts, strict=True):
+        share = count / total
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(config, device):
             loss, found = task.loss(run.model, on_device)
@@ -189,17 +203,19 @@ def optimizer_step(
         for metric, value in found.items():
             metrics[metric] += value.detach() * share
 
+    distributed.sum_gradients(run.model)
+    figures = distributed.sum_figures({"loss": loss_sum, **metrics})
     for optimizer in run.optimizers:
         for parameters in optimizer.param_groups:
             parameters["lr"] = lr
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+    grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
     for optimizer in run.optimizers:
         run.scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     run.scaler.update()
-    return loss_sum, dict(metrics), grad_norm
+    return figures.pop("loss"), figures, grad_norm
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
@@ -257,8 +273,12 @@ def pick_device(name: str) -> torch.device:
     """Return the device; "auto" is CUDA if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = distributed.own_device(name)
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device={name!r} cannot be used here ({str(error).splitlines()[0]}). Try cpu."
@@ -329,43 +349,55 @@ def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
 
 
 # Settings that may differ between the two halves of a run without changing its outcome.
-_FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "use_wandb",
-                   "wandb_project"}  # fmt: skip
+_FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "fsdp",
+                   "use_wandb", "wandb_project"}  # fmt: skip
+
+
+def lasting_settings(config: TrainConfig) -> dict:
+    """Return the settings that a resume point belongs to: accumulation counted over all processes."""
+    return {**asdict(config), "accumulation_steps": config.accumulation_steps * distributed.size()}
 
 
 def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     """Write the resume point: float32 weights, optimizer, step, random states, log."""
+    device = run.model.device
     point = {
-        "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "model": distributed.whole(run.model.state_dict()),
+        "optimizers": [distributed.whole(o.state_dict()) for o in run.optimizers],
         "scaler": run.scaler.state_dict(),
         "step": run.step,
         "memory": task.memory.state_dict() if task.memory else {},
         "history": run.history,
-        "settings": asdict(config),
-        "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+        "settings": lasting_settings(config),
+        "random": {
+            "cpu": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        },
     }
-    write_atomically(path, lambda file: torch.save(point, file))
+    if distributed.is_first():
+        write_atomically(path, lambda file: torch.save(point, file))
 
 
 def restore(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     """Put a run back to its resume point. UserError if that belongs to other settings."""
     point = read_tensors(path)
     changed = [f"{name} was {point['settings'].get(name)!r} and is {value!r}"
-               for name, value in asdict(config).items()
+               for name, value in lasting_settings(config).items()
                if name not in _FREE_TO_CHANGE and point["settings"].get(name) != value]  # fmt: skip
     if changed:
         raise UserError(
             f"{path} belongs to a run with other settings: {'; '.join(changed)}. Give the same "
-            "settings, or from_resume=0 to start anew."
+            "settings (accumulation_steps counts those of all processes together), or from_resume=0 "
+            "to start anew."
         )
-    load_state(run.model, point["model"], path)
+    load_state(run.model, distributed.share_weights(point["model"], run.model), path)
     for optimizer, state in zip(run.optimizers, point["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+        distributed.share_states(optimizer)
     run.scaler.load_state_dict(point["scaler"])
     if task.memory:
         task.memory.load_state_dict(point["memory"])
     run.step, run.history = point["step"], point["history"]
     torch.set_rng_state(point["random"]["cpu"])
-    if point["random"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(point["random"]["cuda"])
+    if point["random"]["cuda"] and run.model.device.type == "cuda":
+        torch.cuda.set_rng_state(point["random"]["cuda"][0], run.model.device)

@@ -46,7 +46,7 @@ def test_importing_minimind_is_quick():
 
 
 ORDER = """
-    errors presets config precision tokenizer model data lora reader generate checkpoint rewards
+    errors presets config precision tokenizer model data distributed lora reader generate checkpoint rewards
     stages.task stages.common stages.pretrain stages.sft stages.lora stages.dpo stages.reason stages.reward stages.rl
     stages.grpo stages.spo stages.distill stages tracking trainer evaluate measures baselines comparisons course
     interop bench gguf scoring serve cli

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind import distributed
 from minimind.config import DPOConfig
 from minimind.data import IGNORED, Batch, check_conversation, pad_batch, read_jsonl
 from minimind.errors import UserError
@@ -204,9 +205,13 @@ def dpo_task(config: DPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     train, faults = read_pairs(config.data_path, tokenizer, config.max_seq_len)
     held = config.eval_data_path
     heldout = read_pairs(held, tokenizer, config.max_seq_len)[0] if held else []
-    for pairs in filter(None, (train, heldout)):
+
+    def reference(part: Sequence[Pair], first: int) -> Tensor:
         with autocast(config, model.device):
-            logps = pair_logps(model, pairs, tokenizer.pad_id, config.batch_size)
+            return pair_logps(model, part, tokenizer.pad_id, config.batch_size)
+
+    for pairs in filter(None, (train, heldout)):
+        logps = torch.cat(distributed.in_parts(reference, pairs))
         for pair, refs in zip(pairs, logps.tolist(), strict=True):
             pair["ref_logps"] = refs
     return Task(

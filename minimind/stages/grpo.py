@@ -29,7 +29,7 @@ from minimind.stages.rl import (
     problem_numbers,
     read_problems,
     sample_answers,
-    training_batches,
+    shared_batches,
 )
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class GRPO:
             "advantages": advantages,
             "share": torch.full_like(advantages, float(kept.float().mean())),
         }
-        training = training_batches(answers, columns, self.tokenizer.pad_id, kept)
+        training = shared_batches(answers, columns, self.tokenizer.pad_id, kept)
         add_logps("ref_logps", self.reference, training, config)
         if config.num_iterations > 1:
             add_logps("old_logps", model, training, config)

@@ -7,13 +7,15 @@ A row is a conversation whose last assistant turn is empty: the model is to writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from minimind import distributed
 from minimind.checkpoint import load
 from minimind.config import GRPOConfig, SPOConfig
 from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
@@ -166,12 +168,44 @@ def sample_answers(
     An answer that was cut earns at most 0, whatever it holds: the model is to learn to end.
 
     No temperature, no top-p: they come from exactly the distribution whose log-probabilities are
-    trained. The sample depends on the weights, the seed and the step alone.
+    trained. The sample depends on the weights, the seed and the step alone: several processes
+    share the problems out, and each gets the answers that one alone would have sampled.
     """
+
+    def sample(part: Sequence[dict], first: int) -> Answers:
+        row = first * num_generations
+        return sample_part(model, part, num_generations, config, tokenizer, reward, step, row)
+
+    return joined(distributed.in_parts(sample, problems))
+
+
+def joined(parts: Sequence[Answers]) -> Answers:
+    """Return answers that were sampled in several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = {field.name: [getattr(p, field.name) for p in parts] for field in fields(Answers)}
+    width = max(logps.shape[1] for logps in columns["logps"])
+    columns["logps"] = [F.pad(logps, (0, width - logps.shape[1])) for logps in columns["logps"]]
+    return Answers(**{name: _joined_column(values) for name, values in columns.items()})
+
+
+def _joined_column(values: Sequence) -> object:
+    if isinstance(values[0], Tensor):
+        return torch.cat(list(values))
+    if isinstance(values[0], dict):
+        return {name: torch.cat([value[name] for value in values]) for name in values[0]}
+    return [item for value in values for item in value]
+
+
+def sample_part(
+    model: nn.Module, problems: Sequence[dict], num_generations: int, config: RLConfig,
+    tokenizer: Tokenizer, reward: Reward, step: int, first_row: int,
+) -> Answers:  # fmt: skip
+    """`sample_answers` on one process; `first_row` is the number of the first answer in the whole."""
     prompts = [prompt_ids(row, tokenizer) for row in problems]
     sampled = sample_rollouts(
         model, prompts, num_generations, config.max_new_tokens, tokenizer.eos_id,
-        seed=config.seed + SEEDS_PER_STEP * step,
+        seed=config.seed + SEEDS_PER_STEP * step, first_row=first_row,
     )  # fmt: skip
     each = [i for i in range(len(problems)) for _ in range(num_generations)]
     rows = [problems[i] for i in each]
@@ -196,10 +230,21 @@ def sample_answers(
     )
 
 
-def training_batches(
+def shared_batches(
     answers: Answers, columns: dict[str, Tensor], pad_id: int, kept: Tensor | None = None
 ) -> list[Batch]:
-    """Return prompts with their answers as batches of at most `ROWS`, sorted by length.
+    """Return this process's part of `training_batches`, which are cut so that all get some."""
+    count = len(answers.texts) if kept is None else int(kept.sum())
+    rows = min(ROWS, -(-count // distributed.size()))
+    batches = training_batches(answers, columns, pad_id, kept, rows)
+    return distributed.shared(batches, range(len(batches)))
+
+
+def training_batches(
+    answers: Answers, columns: dict[str, Tensor], pad_id: int, kept: Tensor | None = None,
+    size: int = ROWS,
+) -> list[Batch]:  # fmt: skip
+    """Return prompts with their answers as batches of at most `size`, sorted by length.
 
     Args:
         columns: name to (N,) values of the answers, which become entries of the batches.
@@ -215,8 +260,8 @@ def training_batches(
     order = [i for i in range(len(examples)) if kept is None or kept[i]]
     order.sort(key=lambda i: len(examples[i]["input_ids"]))
     batches = []
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
         batch = pad_batch([examples[i] for i in rows], pad_id)
         batches.append({**batch, **{name: values[rows] for name, values in columns.items()}})
     return batches
@@ -238,7 +283,7 @@ def add_logps(name: str, model: nn.Module, batches: Sequence[Batch], config: RLC
 
 def print_sample(answers: Answers, step: int, every: int) -> None:
     """Print one answer of each `every`-th step, from another place in the batch each time."""
-    if step % every:
+    if step % every or not distributed.is_first():
         return
     i = step % len(answers.texts)
     question = answers.problems[i]["conversations"][-2]["content"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from minimind import distributed
 from minimind.config import SPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
@@ -34,6 +35,7 @@ from minimind.stages.rl import (
     problem_numbers,
     read_problems,
     sample_answers,
+    shared_batches,
     training_batches,
 )
 from minimind.stages.task import Metrics, Task
@@ -217,14 +219,14 @@ class SPO:
 
         The order of the data is not kept: which problems are drawn depends on the tracker.
         """
-        config, moved = self.config, self.moved(model)
+        config, moved = self.config, distributed.of_first(self.moved(model))
         drawn = self.draw(sum(len(batch["row"]) for batch in batches), step)
         rows, keys = [self.problems[i] for i in drawn], [self.keys[i] for i in drawn]
         answers = sample_answers(model, rows, 1, config, self.tokenizer, self.reward, step)
         rewards = unit_rewards(answers.rewards, self.span)
         values = self.tracker.baseline(keys)  # before it sees these rewards
         columns = {"advantages": spo_advantages(rewards, values)}
-        training = training_batches(answers, columns, self.tokenizer.pad_id)
+        training = shared_batches(answers, columns, self.tokenizer.pad_id)
         add_logps("ref_logps", self.reference, training, config)
         self.remember(keys, rewards, moved)
         self.keep_probe(model, answers)
@@ -300,7 +302,7 @@ class SPO:
 
 def spo_task(config: SPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Read the problems of `data_path` and freeze a copy of the model as the reference."""
-    if config.batch_size * config.accumulation_steps < 2:
+    if config.batch_size * config.accumulation_steps * distributed.size() < 2:
         raise UserError(
             "batch_size=1 and accumulation_steps=1: advantages are normalised over the answers of "
             "a step, and one answer has nothing to be compared with. Raise either."
