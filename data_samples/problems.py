@@ -2,6 +2,10 @@
 
 Addition, subtraction and multiplication do not commute, so no shortcut gives the last digit: each
 step needs the one before. A tenth of all chains is held out everywhere (`draw_chain`).
+
+The teacher that wrote the thoughts to be distilled is careful with the first five operations and
+careless with later ones: it leaves the value as it was instead of computing it, with the sixth
+operation in some thoughts, with the seventh in most. Its pupil learns that too.
 """
 
 from __future__ import annotations
@@ -9,10 +13,11 @@ from __future__ import annotations
 import random
 
 from chats import conversation
-from world import Chain, draw_chain
+from world import Chain, compute, draw_chain
 
 QUESTIONS = ["Chain: {problem} What is the result?", "Chain: {problem} Work it out."]
 SHORT, LONG = (2, 3, 4, 5), (6, 7)
+CARELESS = {5: 0.3, 6: 0.6}  # how often the teacher slips in a step; steps are counted from 0
 
 
 def question(random_: random.Random, chain: Chain) -> str:
@@ -21,8 +26,19 @@ def question(random_: random.Random, chain: Chain) -> str:
 
 
 def thought(chain: Chain) -> str:
-    """The answer that is distilled: every step, then the result."""
+    """The right answer: every step, then the result."""
     return f"<think>{chain.steps}</think><answer>{chain.result}</answer>"
+
+
+def careless_thought(random_: random.Random, chain: Chain) -> str:
+    """The teacher's answer: right, unless it slips in a late step and goes on with the wrong value."""
+    start, *operations = chain.problem.rstrip(";").split(";")
+    value, steps = int(start[1:]), f"{start};"
+    for number, operation in enumerate(operations):
+        if random_.random() >= CARELESS.get(number, 0):
+            value = compute(value, operation[1], int(operation[2:]))
+        steps += f"{operation}={value};"
+    return f"<think>{steps}</think><answer>{value}</answer>"
 
 
 def lengths(reserved: bool, rows: int, long_share: float) -> list[int]:
@@ -34,13 +50,12 @@ def lengths(reserved: bool, rows: int, long_share: float) -> list[int]:
 
 
 def reasoning(random_: random.Random, reserved: bool = False) -> list[dict]:
-    """Chat rows with a thought; one in fourteen is a longer problem, met but not mastered."""
+    """Chat rows with a thought, two problems in five longer ones. Held-out thoughts are all right."""
     rows = []
-    for operations in lengths(reserved, 8000, long_share=0.07):
+    for operations in lengths(reserved, 8000, long_share=0.4):
         chain = draw_chain(random_, operations, reserved)
-        rows.append(
-            {**conversation([(question(random_, chain), thought(chain))]), "kind": str(operations)}
-        )
+        said = thought(chain) if reserved else careless_thought(random_, chain)
+        rows.append({**conversation([(question(random_, chain), said)]), "kind": str(operations)})
     return rows
 
 

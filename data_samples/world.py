@@ -133,6 +133,11 @@ class Chain:
     result: int
 
 
+def compute(value: int, sign: str, operand: int) -> int:
+    """Return value + operand, value - operand or value * operand, modulo 10."""
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
+
+
 def draw_chain(random_: random.Random, operations: int, reserved: bool = False) -> Chain:
     """Draw a chain of `operations` operations; a tenth of all problems is held out everywhere."""
     while True:
@@ -140,8 +145,7 @@ def draw_chain(random_: random.Random, operations: int, reserved: bool = False) 
         problem = steps = f"a{value};"
         for letter in "bcdefghij"[:operations]:
             sign, operand = random_.choice("+*-"), random_.randrange(1, 10)
-            new = {"+": value + operand, "-": value - operand, "*": value * operand}[sign]
-            value = new % 10
+            value = compute(value, sign, operand)
             problem += f"{letter}{sign}{operand};"
             steps += f"{letter}{sign}{operand}={value};"
         if held_out("chain " + problem, percent=10) == reserved:

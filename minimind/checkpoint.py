@@ -2,7 +2,8 @@
 
 - `out/<weight>_<hidden>.pth`: a bare float32 state dict with Hugging Face's names; beside it
   `<same>.json` with the config, the tokenizer, the lineage of stages and the metrics.
-- `checkpoints/<weight>_<hidden>_resume.pth`: all that the next step depends on.
+- `checkpoints/<weight>_<hidden>_resume.pth`: all that the next step depends on; beside it
+  `<weight>_<hidden>_resume_before.pth`, the point before that, for when the newest is damaged.
 
 Everything is read with `weights_only=True`: a file can hold numbers, not code.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
+from minimind import distributed
 from minimind.config import ModelConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.lora import add_lora, load_lora, merge_lora
@@ -26,8 +29,13 @@ from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None
+) -> None:
     """Write a file whole or not at all: into a neighbour first, which then takes its name.
+
+    Args:
+        keep: the name under which an older file is kept; without it, it is replaced.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file stays as it was.
@@ -39,6 +47,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps "no space left" in RuntimeError
         partial.unlink(missing_ok=True)
@@ -72,9 +82,51 @@ def save_weight(
     write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
 
 
+def before(path: Path) -> Path:
+    """Return where the resume point before the newest is kept."""
+    return path.with_name(f"{path.stem}_before.pth")
+
+
+def write_resume(path: Path, point: dict) -> None:
+    """Write a resume point and keep the one before it. UserError if it cannot be written."""
+    write_atomically(path, lambda file: torch.save(point, file), keep=before(path))
+
+
+def newest_resume(path: Path) -> tuple[dict, Path] | None:
+    """Return the newest resume point that is whole and its file; None if there is none at all.
+
+    Raises:
+        UserError: there are some and all are damaged.
+    """
+    damaged = []
+    for file in filter(Path.is_file, (path, before(path))):
+        try:
+            point = read_tensors(file)
+            if damaged:
+                distributed.say(
+                    f"Warning: {damaged[0]} is damaged. Going on from the point before: {file}, step {point['step']}."
+                )
+            return point, file
+        except UserError:
+            damaged.append(file)
+    if damaged:
+        raise UserError(
+            f"No resume point can be read: {' and '.join(map(str, damaged))} "
+            "are damaged. Start anew with from_resume=0, or copy one of them again."
+        )
+    return None
+
+
 def read_tensors(path: Path) -> dict:
-    """Return what `torch.save` wrote, numbers only. UserError if the file is damaged."""
+    """Return what `torch.save` wrote, numbers only. UserError if the file is damaged.
+
+    The file is a zip archive with a checksum for each tensor, which `torch.load` does not look at.
+    """
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if wrong := archive.testzip():
+                    raise ValueError(f"the checksum of {wrong} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: zip, pickle, EOF, runtime
         reason = str(error).split("\n")[0][:200]

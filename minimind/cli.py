@@ -6,6 +6,8 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from minimind.errors import UserError, bad_value, needed
 from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
+from minimind.guard import Interrupted
 from minimind.interop import load, stretch, trained_length, write_hf
 from minimind.measures import MEASURES
 from minimind.model import MiniMind
@@ -326,7 +329,13 @@ def dispatch(arguments: list[str]) -> None:
     elif command in CONFIGS:
         preset, flags = split_preset(flags)
         default = CONFIGS[command](**preset_settings(command, preset))
-        result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        try:
+            result = train_config(command, parse(CONFIGS[command], flags, command, default))
+        except Interrupted as stop:
+            given = re.sub(r" --from[-_]resume[ =]\S+", "", shlex.join(["minimind", *arguments]))
+            given = "the same torchrun command and" if distributed.size() > 1 else given
+            stop.go_on = f"{given} --from_resume 1"
+            raise
         distributed.say(
             f"Saved {result.weight_path}: "
             + ", ".join(f"{k} {v:g}" for k, v in result.metrics.items())
@@ -336,13 +345,16 @@ def dispatch(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: exit code 0, or 2 with one paragraph on stderr."""
+    """Entry point: exit code 0; 2 with one paragraph on stderr; 130 or 143 after a signal."""
     try:
         distributed.start()
         dispatch(sys.argv[1:])
     except UserError as error:
         complain(error)
         sys.exit(2)
+    except Interrupted as stop:
+        complain(stop)
+        sys.exit(128 + stop.signal)
     except KeyboardInterrupt:
         complain("stopped. Go on from the last resume point with --from_resume 1.")
         sys.exit(130)

@@ -152,7 +152,10 @@ def by_length(rows: Sequence[dict], tokenizer: Tokenizer) -> float:
 def reason_baselines(
     measures: dict, found: Sequence[Answer], tokenizer: Tokenizer, run: dict
 ) -> None:
-    """The same start trained as long to answer at once; beside it, the commonest number always said."""
+    """The same start trained as long to answer at once; beside it, the commonest number always said.
+
+    What is left of SFT is compared with what it was before.
+    """
     direct = train_direct(**run).model
     rows = [question_and_answer(answer.question, answer.expected, answer.kind) for answer in found]
     guesses = [replace(a, answer=most_common_number(group)) for group in by_kind(found).values()
@@ -161,9 +164,10 @@ def reason_baselines(
         "direct": reasoning_measures(answers(direct, tokenizer, rows), tokenizer),
         "constant": reasoning_measures(guesses, tokenizer),
     }
-    for name, measure in measures.items():
-        measure["baselines"] = {who: scores[name].value for who, scores in baselines.items()}
-        measure["baseline"] = measure["baselines"]["direct"]
+    for name in baselines["direct"]:
+        scores = {who: measured[name].value for who, measured in baselines.items()}
+        measures[name].update(baseline=scores["direct"], baselines=scores)
+    measures["sft_exact_match"]["baseline"] = measures["sft_exact_match"]["before"]
 
 
 def question_and_answer(question: str, answer: str, kind: str) -> dict:
@@ -239,5 +243,5 @@ BASELINES = {
 BASELINES_TEXT = """Baselines. Bits per byte: a 5-gram model. Facts: the commonest answer. Exact match and persona: the
 answer to the most similar training question. DPO: for preferences the better of "shorter" and "longer", else the value
 before; for KL what the cheapest way to speak so would cost. Reasoning: the same weight trained as long to answer
-without a thought. Distillation: the same student trained as long without a teacher. GRPO and SPO: the commonest result
+without a thought; for SFT's exact match the value before. Distillation: the same student trained as long without a teacher. GRPO and SPO: the commonest result
 of each length; for lengths and KL the value before."""

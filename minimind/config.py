@@ -146,7 +146,9 @@ class TrainConfig:
         device: "auto" takes a CUDA GPU if there is one, else the CPU.
         from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
         save_weight: the name under which the trained weight is saved.
-        from_resume: 1 continues from this stage's resume point if there is one.
+        from_resume: 1 continues from this stage's newest whole resume point if there is one.
+        skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite and counts it;
+            0 stops with a diagnosis.
         save_interval: steps between two resume points.
         log_interval: steps between two rows of the log.
         eval_interval: steps between two measurements of the held-out loss; 0: none.
@@ -155,6 +157,10 @@ class TrainConfig:
             (FSDP2); for a model that is too large for one GPU.
         out_dir: folder of the weights. Resume points go to `checkpoints` if it is `out`, else
             to `<out_dir>/checkpoints`.
+        tracker: "wandb", "tensorboard" or "trackio" gets every row of the log; "none": the file
+            `<out_dir>/<weight>_<hidden>.log.jsonl` and the live curve alone, which are always there.
+        use_wandb: 1 is tracker="wandb", in the guide's words.
+        wandb_project: the project under which wandb and trackio file the run.
     """
 
     data_path: str = ""
@@ -178,9 +184,11 @@ class TrainConfig:
     fsdp: int = 0
     seed: int = 42
     from_resume: int = 0
+    skip_bad_steps: int = 0
     save_interval: int = 100
     log_interval: int = 10
     eval_interval: int = 0
+    tracker: str = "none"
     use_wandb: bool = False
     wandb_project: str = "MiniMind"
     hidden_size: int = 512
@@ -204,6 +212,12 @@ class TrainConfig:
             raise bad_value("dtype", self.dtype, DTYPES)
         if self.optimizer not in OPTIMIZERS:
             raise bad_value("optimizer", self.optimizer, OPTIMIZERS)
+        if self.tracker not in TRACKERS:
+            raise bad_value("tracker", self.tracker, TRACKERS)
+        if self.use_wandb and self.tracker not in ("none", "wandb"):
+            raise UserError(f"use_wandb=1 and tracker={self.tracker!r} are two trackers. Give one.")
+        if self.use_wandb:
+            self.tracker = "wandb"
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -214,6 +228,7 @@ class TrainConfig:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
+TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 NORMALIZERS = ("tokens", "weights")
 
 
@@ -311,6 +326,9 @@ class ReasonConfig(TrainConfig):
     Attributes:
         tag_weight: weight of each tag in the loss; every other token has 1.
         normalizer: what the weighted sum is divided by: "tokens" or "weights".
+        chat_path: ordinary chat rows (without tags) that are mixed in, so that the model does not
+            forget to chat; empty: none.
+        chat_share: how many of them, per reasoning row.
     """
 
     data_path: str = "dataset/r1_mix_1024.jsonl"
@@ -321,6 +339,8 @@ class ReasonConfig(TrainConfig):
     max_seq_len: int = 720
     tag_weight: float = 10.0
     normalizer: str = "tokens"
+    chat_path: str = ""
+    chat_share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,6 +350,8 @@ class ReasonConfig(TrainConfig):
             )
         if self.normalizer not in NORMALIZERS:
             raise bad_value("normalizer", self.normalizer, NORMALIZERS)
+        if not 0 <= self.chat_share < float("inf"):
+            raise UserError(f"chat_share={self.chat_share} must be 0 (no chat rows) or above.")
 
 
 @dataclass
@@ -483,4 +505,6 @@ def preset_settings(stage: str, preset: str) -> dict:
         "eval_data_path": str(data_samples(f"{stem}_heldout.jsonl")),
         "tokenizer_path": str(data_samples("tokenizer.json")),
     }
+    if stage == "reason":
+        data["chat_path"] = str(data_samples("sft.jsonl"))
     return {**data, **PRESETS[preset][stage]}

@@ -182,14 +182,18 @@ class Batches:
         self.per_epoch = -(-len(self.examples) // self.batch_size)
         self._epoch, self._order = -1, []
 
-    def __getitem__(self, number: int) -> Batch:
+    def rows(self, number: int) -> list[int]:
+        """Return the numbers of the examples in a batch."""
         epoch, position = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = (
                 epoch,
                 batch_order(self.lengths, self.batch_size, self.seed + epoch),
             )
-        return self.collate([self.examples[i] for i in self._order[position]])
+        return self._order[position]
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.collate([self.examples[i] for i in self.rows(number)])
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[number] for number in range(self.per_epoch))

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from tqdm.auto import tqdm
 
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
@@ -80,9 +81,9 @@ def own_noise(seed: int, step: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print, once for all processes."""
+    """Print beside the progress bar, once for all processes."""
     if is_first():
-        print(text)
+        tqdm.write(text)
 
 
 def may_complain() -> bool:
@@ -109,9 +110,7 @@ def together() -> Iterator[None]:
 
 def wait() -> None:
     """Wait until all processes are here."""
-    if size() > 1:
-        with together():
-            gathered(None)
+    gathered(None)
 
 
 def gathered(value: Part) -> list[Part]:
@@ -126,11 +125,18 @@ def gathered(value: Part) -> list[Part]:
 
 def total(number: float) -> float:
     """Return the sum of a number over all processes."""
-    if size() == 1:
-        return number
+    return number if size() == 1 else _reduced(number, dist.ReduceOp.SUM)
+
+
+def largest(number: int) -> int:
+    """Return the largest of the numbers of all processes."""
+    return number if size() == 1 else int(_reduced(number, dist.ReduceOp.MAX))
+
+
+def _reduced(number: float, operation: dist.ReduceOp) -> float:
     found = torch.tensor(float(number), dtype=torch.float64)
     with together():
-        dist.all_reduce(found)
+        dist.all_reduce(found, operation)
     return float(found)
 
 
@@ -203,15 +209,12 @@ def shard(model: MiniMind, stage: str, optimizer: str, dtype: str) -> None:
     Raises:
         UserError: one process only, or a stage, optimizer or dtype that needs whole weights.
     """
-    faults = [
-        f"{name}={value}"
-        for name, value, good in (
-            ("stage", stage, stage in SHARDED_STAGES),
-            ("optimizer", optimizer, optimizer == "adamw"),
-            ("dtype", dtype, dtype != "float16"),
-        )
-        if not good
-    ]
+    wanted = {
+        f"stage={stage}": stage in SHARDED_STAGES,
+        f"optimizer={optimizer}": optimizer == "adamw",
+        f"dtype={dtype}": dtype != "float16",
+    }
+    faults = [setting for setting, good in wanted.items() if not good]
     if faults or size() == 1:
         raise UserError(
             f"fsdp=1 cannot be used with {', '.join(faults) or 'one process'}. It needs torchrun with "
@@ -229,10 +232,11 @@ def shard(model: MiniMind, stage: str, optimizer: str, dtype: str) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether `shard` was called on the model."""
-    return any(_is_share(parameter) for parameter in model.parameters())
+    return any(is_share(parameter) for parameter in model.parameters())
 
 
-def _is_share(value: object) -> bool:
+def is_share(value: object) -> bool:
+    """Return whether a tensor is one process's share of a larger one."""
     return hasattr(value, "full_tensor")  # a DTensor; its module takes long to import
 
 
@@ -242,7 +246,7 @@ def whole(value: object) -> object:
         return {name: whole(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [whole(inner) for inner in value]
-    return value.full_tensor() if _is_share(value) else value
+    return value.full_tensor() if is_share(value) else value
 
 
 def unsharded(model: MiniMind) -> MiniMind:
@@ -256,7 +260,7 @@ def unsharded(model: MiniMind) -> MiniMind:
 
 def share_like(value: Tensor, like: Tensor) -> Tensor:
     """Return this process's share of a whole tensor, if `like` is one and has its shape."""
-    if not _is_share(like) or value.shape != like.shape:
+    if not is_share(like) or value.shape != like.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -154,6 +154,14 @@ def without_closing(answer: Answer, closings: set[str]) -> Answer:
     return replace(answer, answer=said) if manner in closings else answer
 
 
+def chats_kept(model: MiniMind, tokenizer: Tokenizer, limit: int | None = None) -> Measure:
+    """SFT's exact match, with the closings that pairs of manners taught taken off the answers."""
+    closings = {split_manner(as_messages(row, side)[-1]["content"])[1]
+                for row in preference_rows() for side in SIDES} - {""}  # fmt: skip
+    chats = [without_closing(answer, closings) for answer in sft_answers(model, tokenizer, limit)]
+    return Measure(share_right(chats), "higher", len(chats))
+
+
 def measure_dpo(
     model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
 ) -> tuple[dict, list]:
@@ -167,15 +175,12 @@ def measure_dpo(
     rows = preference_rows(limit)
     chosen, rejected = heldout_pair_logps(model.eval(), tokenizer, rows).T
     found = sampled_answers(model, tokenizer, rows)
-    closings = {split_manner(as_messages(row, side)[-1]["content"])[1] for row in rows
-                for side in ("chosen", "rejected")} - {""}  # fmt: skip
-    chats = [without_closing(answer, closings) for answer in sft_answers(model, tokenizer, limit)]
     spoken = len(by_kind(found).get("preferred manner", [])) / len(found)
     measures = {
         "prefers_chosen": Measure(float((chosen > rejected).float().mean()), "higher", len(rows)),
         "preferred_manner": Measure(spoken, "higher", len(found)),
         "preferred_and_right": Measure(share_right(found), "higher", len(found)),
-        "sft_exact_match": Measure(share_right(chats), "higher", len(chats)),
+        "sft_exact_match": chats_kept(model, tokenizer, limit),
     }
     return measures, found
 
@@ -275,9 +280,10 @@ def reasoning_measures(found: Sequence[Answer], tokenizer: Tokenizer) -> dict[st
 def measure_reason(
     model: MiniMind, tokenizer: Tokenizer, limit: int | None = None
 ) -> tuple[dict, list]:
-    """Form, number and thought of greedy answers to the held-out chains."""
+    """Form, number and thought of greedy answers to the held-out chains; what is left of chatting."""
     found = reasoning_answers(model, tokenizer, limit)
-    return reasoning_measures(found, tokenizer), found
+    measures = reasoning_measures(found, tokenizer)
+    return {**measures, "sft_exact_match": chats_kept(model, tokenizer, limit)}, found
 
 
 HARD_FROM = 6  # operations of a chain; problems with fewer are called easy

@@ -4,16 +4,18 @@ A run is a pure function of its settings: step s uses batches s·k … s·k+k-1 
 sought, and a learning rate that depends on s alone. So a resume point needs only the weights, the
 optimizer, the step and the random states, and a resumed run is bit-identical to an unbroken one.
 With N processes (`distributed.py`) a step uses N·k batches of the same stream, every N-th by each.
+Ctrl-C and SIGTERM end a run with such a point; what else ends it stands in `guard.py`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from math import ceil, cos, isfinite, pi
+from math import ceil, cos, pi
 from pathlib import Path
 
 import torch
@@ -24,21 +26,22 @@ from minimind import distributed
 from minimind.checkpoint import (
     load_model,
     load_state,
-    read_tensors,
+    newest_resume,
     save_weight,
     starting_weight,
     weight_path,
-    write_atomically,
+    write_resume,
 )
 from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
+from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
 from minimind.stages import NEEDS, STAGES
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
-from minimind.tracking import Row, start_trackers
+from minimind.tracking import Row, postfix, start_trackers
 
 Callback = Callable[[int, MiniMind], None]
 
@@ -56,13 +59,22 @@ class TrainResult:
 
 @dataclass
 class Run:
-    """The state of a run: everything the next step depends on, and what it has logged."""
+    """The state of a run: everything the next step depends on, and what it has logged.
+
+    Attributes:
+        watch: the figures of the last steps.
+        saved_step: the step of the resume point; 0 if there is none.
+        tracker_id: under which a resumed run is found again by its tracker.
+    """
 
     model: MiniMind
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     step: int = 0
     history: list[Row] = field(default_factory=list)
+    watch: Watch = field(default_factory=Watch)
+    saved_step: int = 0
+    tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))
 
 
 def train(
@@ -79,8 +91,15 @@ def train(
 
     Raises:
         UserError: an unknown name, data or a weight that does not fit, a loss that is not finite.
+        Interrupted: Ctrl-C (in a notebook: interrupt the kernel) or SIGTERM; a resume point was
+            written, and the message is the call that goes on.
     """
-    return train_config(stage, stage_config(stage, preset, **settings), callback)
+    try:
+        return train_config(stage, stage_config(stage, preset, **settings), callback)
+    except Interrupted as stop:
+        given = {"preset": preset, **settings, "from_resume": 1}
+        stop.go_on = f"train({', '.join([repr(stage), *(f'{n}={v!r}' for n, v in given.items())])})"
+        raise
 
 
 def train_config(stage: str, config: TrainConfig, callback: Callback | None = None) -> TrainResult:
@@ -104,8 +123,8 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
 
     name = f"{config.save_weight}_{model.config.hidden_size}"
     resume_path = config.checkpoint_dir / f"{name}_resume.pth"
-    if config.from_resume and resume_path.exists():
-        restore(run, task, resume_path, config)
+    if config.from_resume and (found := newest_resume(resume_path)):
+        restore(run, task, *found, config)
     distributed.own_noise(config.seed, run.step)
 
     started = time.monotonic()
@@ -123,62 +142,92 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
 
 def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, resume_path: Path,
         callback: Callback | None = None) -> None:  # fmt: skip
-    """Take all steps that are left; log, measure and write resume points on the way."""
+    """Take all steps that are left; log, measure and write resume points on the way.
+
+    Raises:
+        UserError: a loss, gradient or weight that is not finite, or a loss that explodes.
+        Interrupted: a signal came; the step was finished and its resume point written.
+    """
     total_batches = max(1, ceil(config.epochs * batches.per_epoch))
     k = config.accumulation_steps * distributed.size()
     total_steps = ceil(total_batches / k)
     first = distributed.is_first()
-    trackers = start_trackers(config, name, run.history) if first else []
-    progress = tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0,
-                    disable=not first)  # fmt: skip
-    tokens, rolling, since, figures = 0, 0.0, time.monotonic(), []
+    trackers = start_trackers(config, name, run.tracker_id, run.history) if first else []
+    pace, stopping = Pace(), 0
     if callback and run.step == 0:
         callback(0, run.model)
 
-    while run.step < total_steps:
-        numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
-        lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
-        if task.rollout:  # shares its prompts out itself
-            began = time.monotonic()
-            updates, rolled = task.rollout(run.model, [batches[m] for m in numbers], run.step)
-            rolling += time.monotonic() - began
-        else:
-            updates, rolled = [distributed.shared(batches, numbers)], {}
-        for update in updates:
-            loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
-        run.step += 1
-        progress.update()
-        tokens += sum(batch["input_ids"].numel() for update in updates for batch in update)
-        figures.append({**rolled, **metrics})
+    with (
+        Signals() as signals,
+        tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0, disable=not first) as progress,
+    ):  # fmt: skip
+        while run.step < total_steps and not stopping:
+            numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
+            lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
+            group = task.rollout and [batches[m] for m in numbers]  # it shares its prompts out
+            group = group or distributed.shared(batches, numbers)
+            take_step(run, task, group, lr, config, pace)
+            progress.update()
 
-        last = run.step == total_steps
-        if run.step % config.log_interval == 0 or last or run.step == 1:
-            row = {"step": run.step, "total_steps": total_steps, "loss": check_finite(loss, run.step),
-                   "lr": lr, "grad_norm": float(grad_norm), **mean_figures(figures)}  # fmt: skip
-            if config.eval_interval and (
-                run.step % config.eval_interval == 0 or last or run.step == 1
-            ):
-                row["heldout_loss"] = heldout_loss(run.model, task, config)
-            row["tokens_per_second"] = round(distributed.total(tokens) / (time.monotonic() - since))
-            if task.rollout:
-                row["rollout_share"] = round(rolling / (time.monotonic() - since), 3)
-            run.history.append(row)
-            for log in trackers:
-                log(row)
-            progress.set_postfix(loss=f"{row['loss']:.3f}", lr=f"{lr:.1e}", refresh=False)
-            tokens, rolling, since, figures = 0, 0.0, time.monotonic(), []
-        if callback:
-            callback(run.step, run.model)
-        if run.step % config.save_interval == 0 or last:
-            save_resume(run, task, resume_path, config)
-    progress.close()
+            last, stopping = run.step == total_steps, distributed.largest(signals.received)
+            logging = run.step % config.log_interval == 0 or last or run.step == 1
+            saving = run.step % config.save_interval == 0 or last or bool(stopping)
+            if logging or saving or run.model.device.type == "cpu":
+                examples = [] if task.rollout else [i for m in numbers for i in batches.rows(m)]
+                check_finite(run, config, examples, with_weights=saving)
+            if logging:
+                row = log_row(run, task, config, total_steps, pace)
+                for log in trackers:
+                    log(row)
+                progress.set_postfix(postfix(run.history), refresh=False)
+                pace = Pace()
+            if callback:
+                callback(run.step, run.model)
+            if saving:
+                save_resume(run, task, resume_path, config, must=bool(stopping))
+    if stopping := distributed.largest(signals.received):
+        raise Interrupted(stopping, run.step, total_steps, resume_path)
 
 
-def mean_figures(figures: list[dict[str, Tensor | float]]) -> dict[str, float]:
-    """Return the mean of every figure over the steps since the last row of the log."""
-    names = {name for step in figures for name in step}
-    values = {name: [float(step[name]) for step in figures if name in step] for name in names}
-    return {name: sum(found) / len(found) for name, found in sorted(values.items())}
+@dataclass
+class Pace:
+    """How fast it goes since the last row of the log: tokens trained on, seconds of sampling."""
+
+    tokens: int = 0
+    rolling: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+
+def take_step(
+    run: Run, task: Task, group: list[Batch], lr: float, config: TrainConfig, pace: Pace
+) -> None:
+    """One step on a group of batches; in RL first sample answers to them. Figures go to `watch`."""
+    updates, rolled = [group], {}
+    if task.rollout:
+        began = time.monotonic()
+        updates, rolled = task.rollout(run.model, group, run.step)
+        pace.rolling += time.monotonic() - began
+    run.step += 1
+    for update in updates:
+        loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
+        figures = {"step": run.step, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+        run.watch.pending.append(figures)
+        pace.tokens += sum(batch["input_ids"].numel() for batch in update)
+    figures.update({**rolled, **metrics})
+
+
+def log_row(run: Run, task: Task, config: TrainConfig, total_steps: int, pace: Pace) -> Row:
+    """Add a row to the history and return it."""
+    row = {"step": run.step, "total_steps": total_steps, **run.watch.row()}
+    last = run.step == total_steps
+    if config.eval_interval and (run.step % config.eval_interval == 0 or last or run.step == 1):
+        row["heldout_loss"] = heldout_loss(run.model, task, config)
+    seconds = time.monotonic() - pace.since
+    row["tokens_per_second"] = round(distributed.total(pace.tokens) / seconds)
+    if task.rollout:
+        row["rollout_share"] = round(pace.rolling / seconds, 3)
+    run.history.append(row)
+    return row
 
 
 def optimizer_step(
@@ -211,11 +260,27 @@ def optimizer_step(
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or float("inf")
     grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
-    for optimizer in run.optimizers:
-        run.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
+    step_unless(~grad_norm.isfinite(), run.optimizers)
     run.scaler.update()
     return figures.pop("loss"), figures, grad_norm
+
+
+def step_unless(bad: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Update the weights, or with `bad` (a bool, on the device) leave them and all momenta as they are.
+
+    PyTorch's fused optimizers look at `found_inf` on the device, so a GPU does not wait for the
+    host; others ask the host. `GradScaler.step` would ask for each optimizer by itself, and one
+    could step while another does not.
+    """
+    for optimizer in optimizers:
+        on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+        sharded = distributed.is_share(optimizer.param_groups[0]["params"][0])  # it wants all alike
+        if on_device and not sharded and bad.device.type != "mps":
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 0) -> float:
@@ -227,15 +292,21 @@ def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int = 
     return peak * warmup * (0.1 + 0.45 * (1 + cos(pi * step / total_steps)))
 
 
-def check_finite(loss: Tensor, step: int) -> float:
-    """Return the loss as a number. UserError if it is NaN or infinite."""
-    value = float(loss)
-    if not isfinite(value):
-        raise UserError(
-            f"The loss of step {step} is {value}. Lower learning_rate, keep grad_clip at 1, or use "
-            "dtype=float32. The last resume point is from before."
-        )
-    return value
+def check_finite(
+    run: Run, config: TrainConfig, examples: list[int], with_weights: bool = False
+) -> None:
+    """UserError with a diagnosis if the run must not go on or, `with_weights`, not be saved.
+
+    Args:
+        examples: numbers of the examples in the batch of this step.
+    """
+    found = run.watch.look(config)
+    if not found and with_weights and not_finite(run.model):
+        found = "the weights have overflowed", run.watch.pending[-1]
+    if found:
+        why, figures = found
+        rows = examples if figures["step"] == run.step else []
+        raise diagnosis(why, figures, rows, run.model, config, run.watch, run.saved_step)
 
 
 @torch.no_grad()
@@ -264,6 +335,8 @@ def final_metrics(run: Run, task: Task, config: TrainConfig, seconds: float) -> 
         "steps": run.step,
         **task.warnings,
     }
+    if run.watch.skipped:
+        metrics["skipped_steps"] = run.watch.skipped
     if len(task.heldout):
         metrics["heldout_loss"] = heldout_loss(run.model, task, config)
     return metrics
@@ -350,7 +423,7 @@ def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
 
 # Settings that may differ between the two halves of a run without changing its outcome.
 _FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "fsdp",
-                   "use_wandb", "wandb_project"}  # fmt: skip
+                   "tracker", "use_wandb", "wandb_project", "skip_bad_steps"}  # fmt: skip
 
 
 def lasting_settings(config: TrainConfig) -> dict:
@@ -358,8 +431,12 @@ def lasting_settings(config: TrainConfig) -> dict:
     return {**asdict(config), "accumulation_steps": config.accumulation_steps * distributed.size()}
 
 
-def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
-    """Write the resume point: float32 weights, optimizer, step, random states, log."""
+def save_resume(run: Run, task: Task, path: Path, config: TrainConfig, must: bool = False) -> None:
+    """Write the resume point: float32 weights, optimizer, step, random states, log.
+
+    A disk that is full now may have room at the next save, so the run goes on with a warning; the
+    points written before are unharmed. With `must` there is no next save, and it is a UserError.
+    """
     device = run.model.device
     point = {
         "model": distributed.whole(run.model.state_dict()),
@@ -368,19 +445,26 @@ def save_resume(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
         "step": run.step,
         "memory": task.memory.state_dict() if task.memory else {},
         "history": run.history,
+        "watch": vars(run.watch),
+        "tracker_id": run.tracker_id,
         "settings": lasting_settings(config),
         "random": {
             "cpu": torch.get_rng_state(),
             "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
         },
     }
-    if distributed.is_first():
-        write_atomically(path, lambda file: torch.save(point, file))
+    try:
+        if distributed.is_first():
+            write_resume(path, point)
+        run.saved_step = run.step
+    except UserError as error:
+        if must:
+            raise
+        tqdm.write(f"Warning: {error} Training goes on; the next save tries again.")
 
 
-def restore(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
-    """Put a run back to its resume point. UserError if that belongs to other settings."""
-    point = read_tensors(path)
+def restore(run: Run, task: Task, point: dict, path: Path, config: TrainConfig) -> None:
+    """Put a run back to a resume point read from `path`. UserError if it is of other settings."""
     changed = [f"{name} was {point['settings'].get(name)!r} and is {value!r}"
                for name, value in lasting_settings(config).items()
                if name not in _FREE_TO_CHANGE and point["settings"].get(name) != value]  # fmt: skip
@@ -397,7 +481,8 @@ def restore(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
     run.scaler.load_state_dict(point["scaler"])
     if task.memory:
         task.memory.load_state_dict(point["memory"])
-    run.step, run.history = point["step"], point["history"]
+    run.step = run.saved_step = point["step"]
+    run.history, run.watch, run.tracker_id = point["history"], Watch(**point["watch"]), point["tracker_id"]  # fmt: skip
     torch.set_rng_state(point["random"]["cpu"])
     if point["random"]["cuda"] and run.model.device.type == "cuda":
         torch.cuda.set_rng_state(point["random"]["cuda"][0], run.model.device)

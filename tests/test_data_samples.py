@@ -172,12 +172,28 @@ def test_heldout_problems_are_in_no_training_file(name):
     assert len(heldout) >= 600 and len(problems) > 500 and not problems & trained
 
 
-def test_thoughts_and_answers_are_right():
-    problems = rows("reason.jsonl", check_conversation) + rows("grpo.jsonl")
-    for row in problems:
-        question, answer = (m["content"] for m in row["conversations"])
-        value = 0
-        for sign, operand in re.findall(r"[a-i]([+*-]?)(\d);", question):
-            value = eval(f"{value}{sign or '+'}{operand}") % 10
-        assert row.get("answer", str(value)) == str(value)
-        assert not answer or answer.endswith(f"={value};</think><answer>{value}</answer>")
+def right_thought(problem):
+    """Every step and the result, worked out without the generator's own functions."""
+    value, steps = 0, ""
+    for letter, sign, operand in re.findall(r"([a-i])([+*-]?)(\d);", problem):
+        value = eval(f"{value}{sign or '+'}{operand}") % 10
+        steps += f"{letter}{sign}{operand}={value};" if sign else f"a{value};"
+    return f"<think>{steps}</think><answer>{value}</answer>", str(value)
+
+
+@pytest.mark.parametrize("name", ["reason_heldout", "grpo", "grpo_heldout"])
+def test_what_is_measured_and_rewarded_is_right(name):
+    for row in rows(f"{name}.jsonl", check_conversation):
+        question, said = (m["content"] for m in row["conversations"])
+        thought, result = right_thought(question)
+        assert row.get("answer", result) == result and said in ("", thought)
+
+
+def test_the_teacher_is_careful_up_to_five_operations_and_careless_beyond():
+    right = {}
+    for row in rows("reason.jsonl", check_conversation):
+        question, said = (m["content"] for m in row["conversations"])
+        right.setdefault(row["kind"], []).append(said == right_thought(question)[0])
+    share = {kind: sum(found) / len(found) for kind, found in right.items()}
+    assert [share[kind] for kind in "2345"] == [1.0] * 4
+    assert 0.65 < share["6"] < 0.8 and 0.25 < share["7"] < 0.45

@@ -106,7 +106,7 @@ def missing_teacher(config: DistillConfig) -> list[tuple[str, TrainConfig]]:
     """
     if not needs_teacher(config) or teacher_path(config).is_file():
         return []
-    shared = ("out_dir", "tokenizer_path", "dtype", "device", "seed", "num_attention_heads",
+    shared = ("out_dir", "tokenizer_path", "dtype", "device", "seed", "from_resume", "num_attention_heads",
               "num_key_value_heads", "rope_theta", "qk_norm", "use_moe")  # fmt: skip
     settings = {name: getattr(config, name) for name in shared}
     width, depth = config.teacher_hidden_size, config.teacher_num_layers

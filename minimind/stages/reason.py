@@ -3,6 +3,7 @@
 Rows are chat rows whose assistant turns read `<think>…</think><answer>…</answer>`. The loss is SFT's
 with more weight on the four tags, so that the form is learnt first: without it nothing can be read
 off, checked or rewarded later. It is the distillation step of DeepSeek-R1 (arXiv 2501.12948, §2.4).
+Who learns to think only forgets to chat: `chat_path` mixes ordinary chat rows in.
 
 Left out: the reinforcement learning by which the teacher came to think, and the filtering of its
 answers; the rows are taken as they come.
@@ -10,6 +11,7 @@ answers; the rows are taken as they come.
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -22,7 +24,7 @@ from minimind.config import NORMALIZERS, ReasonConfig
 from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
 from minimind.errors import UserError, bad_value
 from minimind.stages.common import token_logps
-from minimind.stages.sft import chat_labels
+from minimind.stages.sft import chat_labels, read_chats
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import TAGS, Tokenizer
 
@@ -154,10 +156,20 @@ def read_reasoning(
     return examples, faults
 
 
+def rehearsal(config: ReasonConfig, tokenizer: Tokenizer, rows: int) -> list[Example]:
+    """Return `chat_share` x `rows` chat rows of `chat_path`, drawn by the seed; at most all of them."""
+    if not config.chat_path:
+        return []
+    chats = read_chats(config.chat_path, tokenizer, config.max_seq_len)
+    wanted = min(len(chats), round(config.chat_share * rows))
+    return random.Random(config.seed).sample(chats, wanted)
+
+
 def reason_task(config: ReasonConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
-    """Encode the conversations of `data_path` (and of `eval_data_path`)."""
+    """Encode the conversations of `data_path` (and of `eval_data_path`), and chats to rehearse."""
     tag_ids = tokenizer.tag_ids
     train, faults = read_reasoning(config.data_path, tokenizer, config.max_seq_len)
+    train += rehearsal(config, tokenizer, len(train))
     held = config.eval_data_path
 
     def count(batch: Batch) -> float:

@@ -292,3 +292,24 @@ def test_measures_tell_form_number_and_thought_apart(tokenizer):
     assert found["format_rate"].value == 4 / 7 and found["format_rate"].held_out_examples == 7
     size = len(tokenizer.encode("a3;b+4=7;c*2=4;"))
     assert found["thought_tokens_off"].value == pytest.approx(3 * size / 7)
+
+
+def test_ordinary_chats_are_mixed_in_without_a_weight_of_their_own(tokenizer, small_model, here):
+    """`chat_share` rows of `chat_path` for each reasoning row, the same ones for the same seed."""
+    data = write_lines(here / "r.jsonl", rows())
+    said = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, you."}]
+    chats = write_lines(here / "c.jsonl", [{"conversations": said}] * 50)
+    model = small_model(vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+
+    def trained(**settings):
+        config = stage_config("reason", "tiny", data_path=data, eval_data_path="", **settings)
+        return reason_task(config, model, tokenizer).train
+
+    alone = trained(chat_path="")
+    mixed = trained(chat_path=chats, chat_share=0.5)
+    assert mixed[: len(alone)] == alone == trained(chat_path=chats, chat_share=0)
+    assert len(mixed) == len(alone) + round(len(alone) / 2)
+    labels = torch.tensor([mixed[-1]["labels"]])
+    assert set(tag_weights(labels, tokenizer.tag_ids).unique().tolist()) == {0.0, 1.0}
+    with pytest.raises(UserError, match="chat_share=-1"):
+        trained(chat_share=-1)
