@@ -6,18 +6,19 @@ the user's is one paragraph on stderr and exit code 2, never a traceback.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from minimind import distributed
-from minimind.bench import bench, bench_generate, bench_text, sampling_text
+from minimind.bench import bench, bench_generate, bench_text, machine_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
@@ -119,11 +120,22 @@ class Serve(Weight):
 
 @dataclass
 class Bench(PretrainConfig):
-    """Time training steps of a configuration: tokens/s, utilisation, memory."""
+    """Measure training side by side: ours, transformers', number formats, compiled; memory, chats, times."""
 
+    batch_size: int = 2
+    """Rows of a step; a GPU wants 32 or more."""
+    max_seq_len: int = 512
+    compile: int = 1
+    """0: not compiled, which saves a minute."""
+    gradient_checkpointing: int = 1
+    """0: not with gradient checkpointing."""
     vocab_size: int = 6400
+    repeats: int = 5
+    """Steps of each side; the median counts."""
     generate: bool = False
     """Time sampling instead, beside transformers' generate on the same weights."""
+    json: str = ""
+    """A file to write the figures to as well."""
 
 
 def folder_of(preset: str, out_dir: str) -> str:
@@ -275,7 +287,11 @@ def run_bench(args: Bench) -> None:
     if args.generate:
         print(sampling_text(bench_generate(args, args.vocab_size)))
     else:
-        print(bench_text(args, bench(args, args.vocab_size)))
+        print(machine_text(args) + "\n")
+        found = bench(args, args.vocab_size, args.repeats)
+        print(bench_text(found))
+        if args.json:
+            Path(args.json).write_text(json.dumps([asdict(figure) for figure in found], indent=1))
 
 
 COMMANDS = {

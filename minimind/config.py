@@ -144,6 +144,10 @@ class TrainConfig:
         dtype: float32, bfloat16 or float16 autocast; "auto" takes bfloat16 where the hardware
             has it. Weights and optimizer are float32 in every case.
         device: "auto" takes a CUDA GPU if there is one, else the CPU.
+        compile: 1 compiles the blocks, which takes a minute (the time is printed) and makes every
+            step faster; on a GPU also the sampling of RL. Needs a C++ compiler.
+        gradient_checkpointing: 1 computes every block a second time in the backward pass instead
+            of keeping what it computed: less memory, more time, the same gradients.
         from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
         save_weight: the name under which the trained weight is saved.
         from_resume: 1 continues from this stage's newest whole resume point if there is one.
@@ -181,6 +185,8 @@ class TrainConfig:
     max_seq_len: int = 340
     dtype: str = "bfloat16"
     device: str = "auto"
+    compile: int = 0
+    gradient_checkpointing: int = 0
     fsdp: int = 0
     seed: int = 42
     from_resume: int = 0

@@ -16,9 +16,9 @@ import torch
 
 from minimind.data import IGNORED, Example, pad_batch
 from minimind.generate import generate
+from minimind.losses import token_logps
 from minimind.model import MiniMind
 from minimind.rewards import answer_of
-from minimind.stages.common import token_logps
 from minimind.stages.pretrain import count_labels, next_token_loss
 from minimind.tokenizer import Tokenizer
 

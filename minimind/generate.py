@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.config import round_up
 from minimind.errors import UserError
 from minimind.model import KVCache, MiniMind, positions_and_mask
 from minimind.reader import Reader, compiled_read
 from minimind.tokenizer import Message, Tokenizer
 
+ASK_EVERY = 16  # steps of compiled sampling between two looks whether all rows have ended
 Shape = Callable[[Tensor], Tensor]  # logits (B, V) to the distribution that is sampled (B, V)
 Step = tuple[Tensor, Tensor, Tensor]
 
@@ -157,7 +159,8 @@ def sample_rollouts(
 
     Args:
         compiled: compile the step of one token, for long runs on a GPU: the first call costs a
-            minute or so, and rows that have ended stay in the batch to keep its shape.
+            minute or so, and rows that have ended stay in the batch to keep its shape, as the
+            cache keeps its: a multiple of 64 positions.
         first_row: the random stream of the first answer; the others follow. A part of a batch, with
             the number of its first row, samples what it would within the whole.
 
@@ -233,7 +236,8 @@ def _steps(
         token = sample(probabilities, uniform[rows, step])
         yield rows, token, probabilities.gather(1, token[:, None])[:, 0].float()
         done = done | (token == eos_id) if eos_id is not None else done
-        left = int((~done).sum())
+        ask = not compiled or step % ASK_EVERY == 0  # a GPU waits for the host to have its answer
+        left = int((~done).sum()) if ask else len(rows)
         if left == 0 or step + 1 == max_new_tokens:
             return
         if left < len(rows) and not compiled:
@@ -274,13 +278,16 @@ def _prefill(
     """Read every prompt once, then copy its keys and values for each of its answers."""
     ids, mask = left_pad(prompts, 0, model.device)
     capacity, padded = ids.shape[1] + max_new_tokens, not bool(mask.all())
+    if compiled:
+        capacity = round_up(capacity)  # the same for many lengths of prompts: compiled once
     cache = KVCache(model.config, len(prompts), capacity, like=model.model.embed_tokens.weight)
     reader = Reader(model, _precision(model), rows=0 if compiled else len(prompts) * copies)
     positions, may_look = positions_and_mask(ids, mask if padded else None, 0)
     logits = reader(ids, positions, may_look, cache)
     cache.repeat_rows(copies)
-    mask = F.pad(mask.bool(), (0, max_new_tokens), value=True).repeat_interleave(copies, 0)
-    last = mask.sum(1, keepdim=True) - max_new_tokens - 1
+    mask = mask.bool().repeat_interleave(copies, 0)
+    last = mask.sum(1, keepdim=True) - 1
+    mask = F.pad(mask, (0, capacity - ids.shape[1]), value=True)
     return _State(reader, cache, padded, mask, last, logits.repeat_interleave(copies, 0))
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from minimind.data import IGNORED, pad_batch, read_jsonl
 from minimind.errors import UserError
+from minimind.losses import token_logps
 from minimind.model import MiniMind
-from minimind.stages.common import token_logps
 from minimind.tokenizer import Tokenizer
 
 BATCH = 16

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from math import ceil, cos, pi
 from pathlib import Path
@@ -32,9 +33,11 @@ from minimind.checkpoint import (
     weight_path,
     write_resume,
 )
+from minimind.compiling import compile_blocks
 from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
+from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
@@ -127,9 +130,10 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
         restore(run, task, *found, config)
     distributed.own_noise(config.seed, run.step)
 
+    compiled = make_faster(model, config)
     started = time.monotonic()
     fit(run, task, batches, config, name, resume_path, callback)
-    metrics = final_metrics(run, task, config, time.monotonic() - started)
+    metrics = {**final_metrics(run, task, config, time.monotonic() - started), **compiled}
 
     path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
     lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
@@ -138,6 +142,16 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
         save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
     distributed.wait()  # a stage that follows reads it
     return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
+
+
+def make_faster(model: MiniMind, config: TrainConfig) -> dict[str, float]:
+    """Do what the settings say about memory and speed; return the seconds of compiling, if any."""
+    model.model.gradient_checkpointing = bool(config.gradient_checkpointing)
+    if not config.compile:
+        return {}
+    seconds = round(compile_blocks(model, config), 1)
+    distributed.say(f"Compiled in {seconds} s, which are not part of the time of any step.")
+    return {"compile_seconds": seconds}
 
 
 def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, resume_path: Path,
@@ -153,19 +167,25 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
     total_steps = ceil(total_batches / k)
     first = distributed.is_first()
     trackers = start_trackers(config, name, run.tracker_id, run.history) if first else []
-    pace, stopping = Pace(), 0
+    pace = Pace()
     if callback and run.step == 0:
         callback(0, run.model)
+
+    source = copy(batches)  # for the thread that makes batches ahead
+
+    def group_of(step: int) -> list[Batch]:
+        numbers = range(step * k, min((step + 1) * k, total_batches))
+        if task.rollout:  # shares its prompts out itself
+            return [source[m] for m in numbers]
+        return distributed.shared(source, numbers)
 
     with (
         Signals() as signals,
         tqdm(total=total_steps, initial=run.step, desc=name, unit="step", mininterval=1.0, disable=not first) as progress,
     ):  # fmt: skip
-        while run.step < total_steps and not stopping:
-            numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
+        for group in one_ahead(group_of, range(run.step, total_steps), run.model.device):
             lr = learning_rate(run.step, total_steps, config.learning_rate, config.warmup_steps)
-            group = task.rollout and [batches[m] for m in numbers]  # it shares its prompts out
-            group = group or distributed.shared(batches, numbers)
+            numbers = range(run.step * k, min((run.step + 1) * k, total_batches))
             take_step(run, task, group, lr, config, pace)
             progress.update()
 
@@ -185,6 +205,8 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
                 callback(run.step, run.model)
             if saving:
                 save_resume(run, task, resume_path, config, must=bool(stopping))
+            if stopping:
+                break
     if stopping := distributed.largest(signals.received):
         raise Interrupted(stopping, run.step, total_steps, resume_path)
 
@@ -244,9 +266,8 @@ def optimizer_step(
     loss_sum, metrics = torch.zeros((), device=device), Counter()
     for batch, count in zip(group, counts, strict=True):
         share = count / total
-        on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with autocast(config, device):
-            loss, found = task.loss(run.model, on_device)
+            loss, found = task.loss(run.model, to_device(batch, device))
         run.scaler.scale(loss * share).backward()
         loss_sum += loss.detach() * share
         for metric, value in found.items():
@@ -423,7 +444,7 @@ def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
 
 # Settings that may differ between the two halves of a run without changing its outcome.
 _FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "fsdp",
-                   "tracker", "use_wandb", "wandb_project", "skip_bad_steps"}  # fmt: skip
+                   "tracker", "use_wandb", "wandb_project", "skip_bad_steps", "gradient_checkpointing"}  # fmt: skip
 
 
 def lasting_settings(config: TrainConfig) -> dict:

@@ -52,17 +52,17 @@ class Runs:
         return process
 
     def unbroken(self, stage):
-        """Train a stage (and before it what it starts from) once; how many seconds that took."""
+        """Train a stage (and before it what it starts from) once; how many steps it has."""
         config = stage_config(stage, "tiny")
         for other in () if self.alone else CONFIGS:
             needed = stage_config(other, "tiny").save_weight == config.from_weight
             if needed and not weight_of(other, self.folder / "whole").exists():
                 self.unbroken(other)
-        began = time.monotonic()
-        process = self.start(stage, self.folder / "whole")
-        process.join()
-        assert process.exitcode == 0, f"{stage} failed without any kill"
-        return time.monotonic() - began
+        if not weight_of(stage, self.folder / "whole").exists():
+            process = self.start(stage, self.folder / "whole", save_interval=1000)
+            process.join()
+            assert process.exitcode == 0, f"{stage} failed without any kill"
+        return steps_logged(stage, self.folder / "whole")
 
     def copy_of_the_start(self, stage, number):
         """A folder with the finished weights that the stage may start from."""
@@ -80,12 +80,16 @@ def weight_of(stage, folder):
     return Path(folder) / f"{config.save_weight}_{config.hidden_size}.pth"
 
 
-def kill(process, seconds, folder, in_a_write):
-    """Kill -9 after so many seconds, or in the write after that. Whether one was going on; None: it had ended."""
+def kill(process, stage, folder, step, seconds, in_a_write):
+    """Kill -9 so many seconds after a step was logged, or in the write after that.
+
+    Returns whether a write was going on; None if the run had ended before.
+    """
+    while process.is_alive() and steps_logged(stage, folder) < step:
+        time.sleep(0.001)
     process.join(seconds)
-    written = []
-    while in_a_write and process.is_alive() and not written:
-        written = list(folder.rglob("*.pth.partial"))
+    while in_a_write and process.is_alive() and not list(folder.rglob("*.pth.partial")):
+        pass
     if not process.is_alive():
         return None
     os.kill(process.pid, signal.SIGKILL)
@@ -115,19 +119,21 @@ def steps_logged(stage, folder):
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def kill_once(runs, stage, seconds, number, rng):
+def kill_once(runs, stage, steps, number, rng):
     """Kill one run of a stage once, resume it until it is through, compare."""
     folder = runs.copy_of_the_start(stage, number)
-    moment, in_a_write = rng.uniform(0, seconds), bool(number % 2)
-    writing = kill(runs.start(stage, folder, from_resume=1), moment, folder, in_a_write)
-    step = steps_logged(stage, folder)
+    step, in_a_write = rng.randrange(steps), bool(number % 2)
+    seconds = rng.uniform(0, 0.3 if step else 3)  # the first 3 seconds are those of the data
+    process = runs.start(stage, folder, from_resume=1)
+    writing = kill(process, stage, folder, step, seconds, in_a_write)
+    killed_at = steps_logged(stage, folder)
     process = runs.start(stage, folder, from_resume=1)
     process.join()
-    assert process.exitcode == 0, f"{stage} could not go on after a kill at {moment:.2f} s"
+    assert process.exitcode == 0, f"{stage} could not go on after a kill at step {killed_at}"
     wrong = differences(stage, runs.folder / "whole", folder)
     what = {None: "had ended", True: "in a write", False: "between writes"}[writing]
     print(
-        f"{number:3}  {stage:9} killed after {moment:5.2f} s, {step:3} steps logged, {what:15} "
+        f"{number:3}  {stage:9} {killed_at:3} of {steps:3} steps logged + {seconds:4.2f} s, {what:15} "
         f"{'DIFFERS: ' + ', '.join(wrong) if wrong else 'bit-identical'}",
         flush=True,
     )
@@ -137,14 +143,12 @@ def kill_once(runs, stage, seconds, number, rng):
 def kill_many(folder, times, seed):
     """Kill `times` runs, the stages in turn; how many were really killed, and how many came out equal."""
     alone = times < len(CONFIGS)
-    runs, rng, seconds = Runs(folder, alone), random.Random(seed), {}
+    runs, rng = Runs(folder, alone), random.Random(seed)
     stages = ["pretrain", "sft", "spo"] if alone else list(CONFIGS)
     kills = same = number = 0
     while kills < times:
         stage = stages[kills % len(stages)]
-        if stage not in seconds:
-            seconds[stage] = runs.unbroken(stage)
-        killed, equal = kill_once(runs, stage, seconds[stage], number, rng)
+        killed, equal = kill_once(runs, stage, runs.unbroken(stage), number, rng)
         number, kills, same = number + 1, kills + killed, same + (killed and equal)
         assert equal, f"{stage} differs from the unbroken run"
     return kills, same

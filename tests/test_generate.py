@@ -203,6 +203,21 @@ def test_compiled_steps_sample_the_same(small_model, monkeypatch):
     torch.testing.assert_close(compiled.logps, plain.logps, atol=1e-5, rtol=0)
 
 
+def test_rollouts_of_other_prompts_and_weights_use_the_same_code(small_model, monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+    count = lambda graph, inputs: graphs.append(1) or graph.forward  # noqa: E731
+    step = torch.compile(Reader.read, dynamic=False, backend=count)
+    monkeypatch.setattr(sys.modules["minimind.generate"], "compiled_read", lambda: step)
+    model = small_model(vocab_size=20)
+    for prompts in (PROMPTS, [[*p, 5, 6, 7] for p in PROMPTS], [p[-1:] for p in PROMPTS]):
+        plain = sample_rollouts(model, prompts, 3, 20, eos_id=2, seed=3)
+        compiled = sample_rollouts(model, prompts, 3, 20, eos_id=2, seed=3, compiled=True)
+        assert compiled.completions == plain.completions
+        model.model.layers[0].mlp.down_proj.weight.data.neg_()
+    assert len(graphs) == 1
+
+
 def test_no_generation_is_refused(small_model):
     with pytest.raises(UserError, match="num_generations=0"):
         sample_rollouts(small_model(vocab_size=20), PROMPTS, 0, 4, eos_id=2)

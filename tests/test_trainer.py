@@ -5,12 +5,14 @@ import signal
 import pytest
 import torch
 from helpers import SMALL, chats, texts, write_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind
 from minimind import UserError
 from minimind.checkpoint import read_tensors
 from minimind.config import data_samples, stage_config
 from minimind.data import pad_batch
+from minimind.losses import labelled_places
 from minimind.stages.pretrain import count_labels, language_model_loss, pretrain_task
 from minimind.stages.task import Task
 from minimind.trainer import Run, learning_rate, make_optimizers, make_scaler, optimizer_step
@@ -49,6 +51,37 @@ def test_accumulated_batches_of_unequal_length_give_the_gradient_of_the_big_batc
             torch.testing.assert_close(accumulated[name], expected, atol=1e-6, rtol=0)
     mean_of_means = sum(gradient(model, [pad_batch([r], 0)], config)[0] for r in rows) / len(rows)
     assert abs(mean_of_means - big_loss) > 1e-3  # the wrong way would be seen
+
+
+class Waiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device: reading a value, counting, copying back."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+            torch.ops.aten.is_nonzero, torch.ops.aten.equal,
+        ), func  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_step_never_waits_for_the_device(dtype, large, small_model, monkeypatch):
+    if large:
+        monkeypatch.setattr("minimind.losses.ONE_CHUNK", 5 * 120)
+    config = stage_config("sft", dtype=dtype, device="cpu")
+    ids = torch.randint(3, 120, (3, 9))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(ids > 80, -100)}
+    places = labelled_places(batch["labels"])
+    monkeypatch.setattr("minimind.feed.labelled_places", lambda labels: places)  # known on the host
+    model = small_model().train()
+    run = Run(model, make_optimizers(model, config), make_scaler(config, model.device))
+    task = Task([], [], [], list, language_model_loss, lambda batch: 7)  # counted on the host
+    with Waiting():
+        for _ in range(2):
+            optimizer_step(run, [batch, batch], task, 1e-3, config)
+        with pytest.raises(AssertionError):  # what is refused would be seen
+            float(ids[0, 0])
 
 
 def test_the_schedule():

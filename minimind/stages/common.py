@@ -1,26 +1,17 @@
-"""What several stages share: log-probabilities of given tokens, means over sequences, a frozen copy."""
+"""What several stages share: log-probabilities of a batch's labels, means over sequences, a frozen copy."""
 
 from __future__ import annotations
 
 import copy
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind.data import IGNORED
+from minimind.data import Batch
 
 
-def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ln p(label[t+1] | tokens up to t) in float32, (B, T-1); 0 where the label is -100.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T), aligned with the input ids; the shift by one happens here.
-    """
-    predictions = logits[:, :-1].flatten(0, 1).float()  # (B·(T-1), V)
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(predictions, targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return -nll.view(targets.shape)
+def batch_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """Return ln p of every label of a batch under the model, (B, T-1), as `token_logps` does."""
+    return model(batch["input_ids"], labels=batch["labels"], places=batch.get("places"))
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:

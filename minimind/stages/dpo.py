@@ -22,8 +22,9 @@ from minimind import distributed
 from minimind.config import DPOConfig
 from minimind.data import IGNORED, Batch, check_conversation, pad_batch, read_jsonl
 from minimind.errors import UserError
+from minimind.losses import token_logps
 from minimind.precision import autocast
-from minimind.stages.common import token_logps
+from minimind.stages.common import batch_logps
 from minimind.stages.sft import chat_labels
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Message, Tokenizer
@@ -73,7 +74,7 @@ def preference_loss(
     chance at the first step, where all are 0), both rewards, `kl`: ½(ln π - ln π_ref)² on the
     chosen answers, a gauge of KL(π ‖ π_ref) in nats that needs no sampling and cannot explode.
     """
-    logps = sequence_logps(model(batch["input_ids"]), batch["labels"])  # (2B,)
+    logps = batch_logps(model, batch).sum(-1)  # (2B,)
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.chunk(2), batch["ref_logps"].chunk(2)
     loss, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     metrics = {
@@ -189,8 +190,8 @@ def pair_logps(model: nn.Module, pairs: Sequence[Pair], pad_id: int, size: int =
     found = []
     for start in range(0, len(pairs), size):
         batch = pad_pairs(pairs[start : start + size], pad_id)
-        logits = model(batch["input_ids"].to(model.device))
-        logps = sequence_logps(logits, batch["labels"].to(model.device))
+        on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        logps = batch_logps(model, on_device).sum(-1)
         found.append(logps.view(2, -1).T.cpu())
     model.train(was_training)
     return torch.cat(found)

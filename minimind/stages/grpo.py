@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minimind.config import GRPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError, bad_value
-from minimind.stages.common import frozen_copy, k3, sequence_mean, token_logps
+from minimind.stages.common import batch_logps, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     SAMPLES_EVERY,
     Reward,
@@ -166,7 +166,7 @@ class GRPO:
 
         With one update per rollout the policy that sampled is the policy itself.
         """
-        logps = token_logps(model(batch["input_ids"]), batch["labels"])
+        logps = batch_logps(model, batch)
         loss, metrics = grpo_loss(
             logps, batch.get("old_logps", logps.detach()), batch["ref_logps"], batch["advantages"],
             batch["labels"][:, 1:] != IGNORED, self.config.beta, self.config.clip_eps, self.config.policy_loss,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from minimind.config import TrainConfig
 from minimind.data import IGNORED, Batch, PackedTokens, check_text, pack, pad_batch, read_jsonl
 from minimind.errors import UserError
+from minimind.losses import fits_one_chunk
+from minimind.stages.common import batch_logps
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 
@@ -45,8 +47,17 @@ def count_labels(batch: Batch) -> int:
 
 
 def language_model_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
-    """The training loss of pretraining and SFT: next token, and the routers' balance if any."""
-    return next_token_loss(model(batch["input_ids"]), batch["labels"]) + model.router_loss, {}
+    """The training loss of pretraining and SFT: next token, and the routers' balance if any.
+
+    It is `next_token_loss`; where all logits at once would be too many, they come in chunks.
+    """
+    labels = batch["labels"]
+    if fits_one_chunk(labels, model.config.vocab_size):
+        loss = next_token_loss(model(batch["input_ids"]), labels)
+    else:
+        count = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        loss = -batch_logps(model, batch).sum() / count
+    return loss + model.router_loss, {}
 
 
 def read_packed(path: str | Path, tokenizer: Tokenizer, block: int) -> PackedTokens:

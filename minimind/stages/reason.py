@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from minimind.config import NORMALIZERS, ReasonConfig
 from minimind.data import IGNORED, Batch, Example, check_conversation, pad_batch, read_jsonl
 from minimind.errors import UserError, bad_value
-from minimind.stages.common import token_logps
+from minimind.losses import token_logps
 from minimind.stages.sft import chat_labels, read_chats
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import TAGS, Tokenizer

@@ -23,7 +23,7 @@ from minimind.errors import UserError
 from minimind.generate import sample_rollouts
 from minimind.precision import autocast
 from minimind.rewards import LearnedReward, Rewards, exact, folder_scorer
-from minimind.stages.common import token_logps
+from minimind.stages.common import batch_logps
 from minimind.stages.reward import score_conversations
 from minimind.tokenizer import Tokenizer
 
@@ -206,6 +206,7 @@ def sample_part(
     sampled = sample_rollouts(
         model, prompts, num_generations, config.max_new_tokens, tokenizer.eos_id,
         seed=config.seed + SEEDS_PER_STEP * step, first_row=first_row,
+        compiled=bool(config.compile) and model.device.type == "cuda",
     )  # fmt: skip
     each = [i for i in range(len(problems)) for _ in range(num_generations)]
     rows = [problems[i] for i in each]
@@ -277,8 +278,9 @@ def add_logps(name: str, model: nn.Module, batches: Sequence[Batch], config: RLC
     device = next(model.parameters()).device
     for batch in batches:
         with autocast(config, device):
-            logits = model(batch["input_ids"].to(device))
-        batch[name] = token_logps(logits, batch["labels"].to(device))
+            batch[name] = batch_logps(
+                model, {k: batch[k].to(device) for k in ("input_ids", "labels")}
+            )
 
 
 def print_sample(answers: Answers, step: int, every: int) -> None:

@@ -22,7 +22,7 @@ from minimind import distributed
 from minimind.config import SPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
-from minimind.stages.common import frozen_copy, k3, sequence_mean, token_logps
+from minimind.stages.common import batch_logps, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     ROWS,
     SAMPLES_EVERY,
@@ -278,7 +278,7 @@ class SPO:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         """`spo_loss` of the answers in the batch."""
-        logps = token_logps(model(batch["input_ids"]), batch["labels"])
+        logps = batch_logps(model, batch)
         trained = batch["labels"][:, 1:] != IGNORED
         loss, metrics = spo_loss(
             logps, batch["ref_logps"], batch["advantages"], trained, self.config.beta

@@ -1,0 +1,76 @@
+"""Log-probabilities of labels: what every loss of the course is made of.
+
+Left out: the losses themselves; each stands with its stage.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minimind.data import IGNORED
+
+ONE_CHUNK = 2**23  # logits that are held at once in float32: 32 MiB
+
+
+def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return ln p(label[t+1] | tokens up to t) in float32, (B, T-1); 0 where the label is -100.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), aligned with the input ids; the shift by one happens here.
+    """
+    predictions = logits[:, :-1].flatten(0, 1).float()  # (B·(T-1), V)
+    targets = labels[:, 1:]
+    nll = F.cross_entropy(predictions, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return -nll.view(targets.shape)
+
+
+def labelled_places(labels: Tensor) -> Tensor:
+    """Return which predictions, counted over all rows of (B, T-1), have a label: (N,) numbers.
+
+    How many there are depends on the data, so on a GPU this waits for it: call it on the CPU.
+    """
+    return (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
+
+
+def fits_one_chunk(labels: Tensor, vocab_size: int) -> bool:
+    """Whether all logits of a batch are few enough to be held at once."""
+    return labels.numel() * vocab_size <= ONE_CHUNK
+
+
+def label_logps(
+    hidden: Tensor, head: nn.Linear, labels: Tensor, places: Tensor | None = None
+) -> Tensor:
+    """Return `token_logps(head(hidden), labels)`, with at most ONE_CHUNK logits in float32 at any time.
+
+    A larger batch has logits for its labelled positions alone, chunk by chunk. A chunk's are
+    forgotten as soon as its log-probabilities are known, and made again in the backward pass, as
+    in gradient checkpointing (arXiv 1604.06174).
+
+    Args:
+        hidden: (B, T, C), what the output projection `head` reads.
+        labels: (B, T).
+        places: `labelled_places(labels)`, if it is known.
+    """
+    if fits_one_chunk(labels, head.out_features):
+        return token_logps(head(hidden), labels)
+    if places is None:
+        places = labelled_places(labels)
+    targets = labels[:, 1:]
+    wanted = targets.flatten()[places]  # (N,)
+    states = hidden[:, :-1].flatten(0, 1)[places]  # (N, C)
+    size = max(1, ONE_CHUNK // head.out_features)
+    parts = [
+        checkpoint(_logps, head, *pair, use_reentrant=False) if len(places) > size else _logps(head, *pair)
+        for pair in zip(states.split(size), wanted.split(size), strict=True)
+    ]  # fmt: skip
+    return hidden.new_zeros(targets.numel(), dtype=torch.float32).index_copy(
+        0, places, torch.cat(parts)
+    ).view(targets.shape)  # fmt: skip
+
+
+def _logps(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    return -F.cross_entropy(head(states).float(), targets, reduction="none")
