@@ -22,6 +22,7 @@ from minimind.bench import bench, bench_generate, bench_text, machine_text, samp
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
 from minimind.course import course, report_text
+from minimind.download import download
 from minimind.errors import UserError, bad_value, needed
 from minimind.evaluate import samples
 from minimind.generate import chat
@@ -53,6 +54,18 @@ class Course:
     seed: int = 42
     out_dir: str = ""
     """Another folder for weights and report."""
+
+
+@dataclass
+class Download:
+    """Fetch files of the guide's data set; a broken download goes on where it stopped."""
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """pretrain_hq sft_mini_512 dpo r1_mix_1024 rlaif-mini, or any other file there."""
+    to: str = "dataset"
+    """The folder they go to."""
+    source: Literal["huggingface", "modelscope"] = "huggingface"
+    """The environment variable HF_ENDPOINT names a mirror of the first."""
 
 
 @dataclass
@@ -148,6 +161,12 @@ def run_course(args: Course) -> None:
     report = course(args.preset, args.seed, args.out_dir or None)
     print(report_text(report))
     print(f"Written to {folder_of(args.preset, args.out_dir)}/report.md, .json and .png")
+
+
+def run_download(args: Download) -> None:
+    """Fetch one after the other."""
+    for name in args.names:
+        print(f"Ready: {download(name, args.to, args.source)}")
 
 
 def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
@@ -295,7 +314,7 @@ def run_bench(args: Bench) -> None:
 
 
 COMMANDS = {
-    "course": (Course, run_course), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
+    "course": (Course, run_course), "download": (Download, run_download), "chat": (Chat, run_chat), "eval": (Eval, run_eval),
     "export": (Export, run_export), "serve": (Serve, run_serve),
 }  # fmt: skip
 USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help lists the flags)
@@ -303,6 +322,7 @@ USAGE = f"""usage: minimind <command> [flags]      (minimind <command> --help li
 train one stage    {" ".join(CONFIGS)}
                    --preset tiny | course | full (default) and the flags of the guide
 everything         course
+get data           download
 use a weight       chat  eval  serve  export
 measure speed      bench"""
 

@@ -200,7 +200,8 @@ def train_direct(preset: str, seed: int = 42, out_dir: str | None = None) -> Tra
     write_atomically(path, lambda file: file.write(text.encode()))
     return train(
         "sft", preset, seed=seed, out_dir=config.out_dir, data_path=str(path), eval_data_path="",
-        from_weight=config.from_weight, save_weight="reason_direct", epochs=config.epochs,
+        from_weight=config.from_weight, save_weight="reason_direct",
+        epochs=config.epochs * (1 + config.chat_share if config.chat_path else 1),  # as many steps
         batch_size=config.batch_size, learning_rate=DIRECT_LEARNING_RATE,
     )  # fmt: skip
 
