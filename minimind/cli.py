@@ -414,6 +414,7 @@ def main() -> None:
     try:
         distributed.start()
         dispatch(sys.argv[1:])
+        distributed.end_well()
     except UserError as error:
         complain(error)
         sys.exit(2)

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from minimind.checkpoint import find_weight, load, write_atomically
+from minimind.checkpoint import STAGE_OF_WEIGHT, find_weight, load, write_atomically
 from minimind.comparisons import BASELINES, BASELINES_TEXT
 from minimind.config import CONFIGS, data_samples, stage_config
 from minimind.data import check_conversation, read_jsonl
@@ -33,12 +33,10 @@ def load_or_train(weight: str, preset: str = "course") -> tuple[MiniMind, Tokeni
         weight: "pretrain" or "full_sft", the name under which a stage saves its weight.
         preset: whose folder to look in.
     """
-    for stage in STAGES_IN_ORDER:
-        config = stage_config(stage, preset)
-        if config.save_weight == weight:
-            break
-    else:
+    if weight not in STAGE_OF_WEIGHT:
         raise UserError(f"No stage saves a weight called {weight!r}.")
+    stage = STAGE_OF_WEIGHT[weight]
+    config = stage_config(stage, preset)
     try:
         find_weight(weight, config.out_dir)
     except UserError:

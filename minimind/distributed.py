@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,7 @@ from minimind.model import MiniMind
 TIMEOUT = timedelta(minutes=30)  # for what only one process does: preparing data, a slow disk
 BUCKET = 32_000_000  # numbers in one message (128 MB): few messages, little extra memory
 SHARDED_STAGES = ("pretrain", "sft", "dpo", "reason", "distill")
+ended_well = False
 Part, Item = TypeVar("Part"), TypeVar("Item")
 
 
@@ -48,7 +50,26 @@ def start() -> None:
             f"Process {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} does not reach the others "
             f"({str(error).splitlines()[0]}). Start them with torchrun; see docs/many_machines.md."
         ) from error
-    atexit.register(dist.destroy_process_group)
+    atexit.register(leave)  # so early that what others have registered is done before it
+
+
+def leave() -> None:
+    """Part from the other processes; a program that ended well stops here.
+
+    Python would take itself apart while threads of PyTorch's exchanges still run. One run in
+    thirty ended so with "terminate called without an active exception" after all was saved.
+    """
+    dist.destroy_process_group()
+    if ended_well:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def end_well() -> None:
+    """Note that the program has done all it had to do."""
+    global ended_well
+    ended_well = True
 
 
 def size() -> int:

@@ -97,4 +97,4 @@ def test_the_package_stays_small():
     doors = {"interop", "bench", "gguf", "scoring", "serve", "download", "cli"}
     core = [path for path in PACKAGE if path.stem not in doors | scale]
     assert sum(map(lines_of_code, core)) <= 4200
-    assert sum(map(lines_of_code, PACKAGE)) <= 6400
+    assert sum(map(lines_of_code, PACKAGE)) <= 6450
