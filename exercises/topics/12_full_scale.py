@@ -40,7 +40,12 @@ def training_memory(parameters: int, hidden: int, wide: int, layers: int, vocab:
 
 def memory_cases(seed: int) -> list[tuple]:
     draw = random.Random(seed)
-    drawn = draw.randint(10**6, 10**8), 64 * draw.randint(2, 16), 64 * draw.randint(5, 40), draw.randint(2, 20)
+    drawn = (
+        draw.randint(10**6, 10**8),
+        64 * draw.randint(2, 16),
+        64 * draw.randint(5, 40),
+        draw.randint(2, 20),
+    )
     return [
         (25_829_888, 512, 1408, 8, 6400, 32, 340),
         (25_829_888, 512, 1408, 8, 6400, 1, 16),  # gradients are more than activations
@@ -164,7 +169,12 @@ def operations_of(parameters, layers, hidden, length, tokens):
 
 def forward_only(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
     """You count the forward pass alone; going back costs twice as much again."""
-    return operations_of(parameters, layers, hidden, length, tokens) / 3 / (cards * peak * utilisation) / 3600
+    return (
+        operations_of(parameters, layers, hidden, length, tokens)
+        / 3
+        / (cards * peak * utilisation)
+        / 3600
+    )
 
 
 def forward_and_one_backward(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
@@ -186,7 +196,12 @@ def at_the_peak(parameters, layers, hidden, length, tokens, peak, utilisation, c
 
 def utilisation_times(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
     """You multiply by the utilisation: with you a badly used card is the faster one."""
-    return operations_of(parameters, layers, hidden, length, tokens) * utilisation / (cards * peak) / 3600
+    return (
+        operations_of(parameters, layers, hidden, length, tokens)
+        * utilisation
+        / (cards * peak)
+        / 3600
+    )
 
 
 def cards_forgotten(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
@@ -196,7 +211,12 @@ def cards_forgotten(parameters, layers, hidden, length, tokens, peak, utilisatio
 
 def cards_times(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
     """More cards make your run slower: each takes a part of the work, not all of it."""
-    return operations_of(parameters, layers, hidden, length, tokens) * cards / (peak * utilisation) / 3600
+    return (
+        operations_of(parameters, layers, hidden, length, tokens)
+        * cards
+        / (peak * utilisation)
+        / 3600
+    )
 
 
 def in_seconds(parameters, layers, hidden, length, tokens, peak, utilisation, cards):
@@ -352,7 +372,9 @@ def save_point(run: dict) -> dict:
 
 def save_cases(seed: int) -> list[tuple]:
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(4, 3, generator=g), torch.randn(20, 4, generator=g), cut) for cut in (3, 7)]
+    return [
+        (torch.randn(4, 3, generator=g), torch.randn(20, 4, generator=g), cut) for cut in (3, 7)
+    ]
 
 
 def new_run(weight: torch.Tensor) -> dict:
@@ -465,7 +487,9 @@ What does each of them read?
 # A plan
 
 
-def plan_run(memory: Callable[[int], float], limit: float, cards: int, rows: int) -> tuple[int, int]:
+def plan_run(
+    memory: Callable[[int], float], limit: float, cards: int, rows: int
+) -> tuple[int, int]:
     """Return (batch_size, accumulation_steps) for a run on several cards.
 
     Every step must see exactly `rows` rows: batch_size · accumulation_steps · cards.
