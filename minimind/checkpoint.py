@@ -325,7 +325,19 @@ def load(weight: str, out_dir: str | Path = "out") -> tuple[MiniMind, Tokenizer]
     """
     path = find_weight(str(weight), out_dir)
     model, sidecar = load_model(path)
-    return model.eval(), Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    return model.eval(), fitting(tokenizer, model.config, path.with_suffix(".json"))
+
+
+def fitting(tokenizer: Tokenizer, config: ModelConfig, source: object) -> Tokenizer:
+    """Return the tokenizer. UserError if it has an id beyond those of the model."""
+    ids = max(tokenizer.vocabulary.values()) + 1
+    if ids > config.vocab_size:
+        raise UserError(
+            f"{source} has ids for {ids} tokens and the model {config.vocab_size}: it is the "
+            "tokenizer of another model. Give the one that it was trained with."
+        )
+    return tokenizer
 
 
 def load_model(path: Path, adapters: tuple[Path, ...] = ()) -> tuple[MiniMind, dict]:

@@ -29,7 +29,7 @@ from minimind.evaluate import samples
 from minimind.generate import chat
 from minimind.gguf import gguf_chat, open_gguf, write_gguf
 from minimind.guard import Interrupted
-from minimind.interop import load, stretch, trained_length, write_hf
+from minimind.interop import is_upstream, load, locate, stretch, trained_length, write_hf
 from minimind.measures import MEASURES
 from minimind.model import MiniMind
 from minimind.scoring import (
@@ -206,7 +206,8 @@ def open_weight(args: Weight) -> tuple[MiniMind, Tokenizer]:
         trained = args.yarn_from or trained_length(args.weight, folder)
         if not trained:
             raise UserError("The weight does not say how long its texts were. Give --yarn_from.")
-        model = stretch(model, args.yarn_factor, trained)
+        theirs = {"attention_factor": 1.0} if is_upstream(locate(args.weight, folder)) else {}
+        model = stretch(model, args.yarn_factor, trained, **theirs)
     return model, tokenizer
 
 
@@ -316,11 +317,10 @@ def last_stage(weight: str, folder: str) -> str:
 def run_export(args: Export) -> None:
     """Write beside the weight, under its own file name, unless told where to."""
     model, tokenizer = open_weight(args)
-    place = Path(args.weight).resolve()
-    if not place.exists():
-        place = find_weight(args.weight, folder_of(args.preset, args.out_dir))
+    place = locate(args.weight, folder_of(args.preset, args.out_dir)).resolve()
     write, end = (write_gguf, ".gguf") if args.gguf else (write_hf, "_hf")
-    name = place.name.removesuffix(".pth") + end
+    stretched = f"_yarn{args.yarn_factor:g}" if args.yarn_factor else ""
+    name = place.name.removesuffix(".pth") + stretched + end
     print(f"Written: {write(model, tokenizer, args.to or place.with_name(name))}")
 
 

@@ -140,13 +140,29 @@ def pre_tokenizer(content: dict) -> str:
     plain = byte_level and steps[-1].get("use_regex", True) and not content["normalizer"]
     names = {"[]": "gpt-2", json.dumps([_DIGITS]): "smollm"}
     name = names.get(json.dumps(steps[:-1]))
-    model = content["model"]
-    if name is None or not plain or model["type"] != "BPE" or model.get("ignore_merges"):
+    if name is None or not plain or (odd := _oddity(content)):
+        what = json.dumps(steps) if name is None or not plain else odd
         raise UserError(
-            f"llama.cpp has no pre-tokenizer equal to {json.dumps(steps)}, so the GGUF would see "
-            "other tokens than the model was trained on."
+            f"llama.cpp has no tokenizer equal to one with {what}, so the GGUF would see other tokens "
+            "than the model was trained on."
         )
     return name
+
+
+def _oddity(content: dict) -> str | None:
+    """Return what of a `tokenizer.json` llama.cpp does not compute, if there is something."""
+    model, tokens = content["model"], content["added_tokens"]
+    settings = (
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "ignore_merges",
+        "byte_fallback",
+    )
+    found = [f"{name}={model[name]!r}" for name in settings if model.get(name)]
+    found += [f"{flag} of {token['content']!r}" for token in tokens
+              for flag in ("lstrip", "rstrip", "single_word") if token[flag]]  # fmt: skip
+    return found[0] if found else None if model["type"] == "BPE" else f"a {model['type']} model"
 
 
 def gguf_tensors(model: MiniMind) -> dict[str, np.ndarray]:

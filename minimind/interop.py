@@ -23,6 +23,7 @@ from minimind.checkpoint import (
     build,
     check_tensors,
     find_weight,
+    fitting,
     load_sidecar,
     read_tensors,
     write_atomically,
@@ -207,7 +208,7 @@ def import_hf(folder: str | Path) -> tuple[MiniMind, Tokenizer]:
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}/config.json cannot be read ({error}). Copy it again.") from error
     model = build(config, read_safetensors(folder / "model.safetensors"), folder)
-    return model, _tokenizer_for(config, folder / "tokenizer.json")
+    return model, fitting(Tokenizer.load(folder / "tokenizer.json"), config, folder)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -222,16 +223,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.load_file(path)
     except Exception as error:  # the library's own error, OSError, MemoryError
         raise UserError(f"{path} cannot be read ({error}). Copy the file again.") from error
-
-
-def _tokenizer_for(config: ModelConfig, path: Path) -> Tokenizer:
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: it is the "
-            "tokenizer of another model. Give the one that it was trained with."
-        )
-    return tokenizer
 
 
 def upstream_config(state: dict[str, Tensor], source: object) -> ModelConfig:
@@ -289,10 +280,19 @@ def load_upstream(path: str | Path, tokenizer_path: str | Path = "") -> tuple[Mi
 
     The tokenizer is `tokenizer_path`, or a tokenizer.json beside the weight, or in `../model/`,
     where upstream keeps it.
+
+    Raises:
+        UserError: another kind of file; no tokenizer; float32 numbers, which upstream never saves.
     """
     path = Path(path)
     state = read_tensors(path)
     config = upstream_config(state, path)
+    if state["model.embed_tokens.weight"].dtype == torch.float32:
+        raise UserError(
+            f"{path} holds float32 numbers. Upstream saves half precision, so this is a weight of this "
+            f"course that has lost its {path.with_suffix('.json').name}, without which its config would "
+            "be a guess. Copy both files together."
+        )
     tables = [name for name in state if "freqs_" in name]  # RoPE's, which some releases saved
     model = build(config, {name: state[name] for name in state.keys() - tables}, path)
     places = [path.parent / "tokenizer.json", path.parent.parent / "model" / "tokenizer.json"]
@@ -304,7 +304,7 @@ def load_upstream(path: str | Path, tokenizer_path: str | Path = "") -> tuple[Mi
     version = "today's version" if config.qk_norm else "the guide's version"
     told = {name: value for name, value in config.to_dict().items() if value is not None}
     print(f"{path} has no .json beside it: read as upstream MiniMind of {version}, {told}")
-    return model, _tokenizer_for(config, there[0])
+    return model, fitting(Tokenizer.load(there[0]), config, there[0])
 
 
 def load(
@@ -320,15 +320,25 @@ def load(
     Raises:
         UserError: no such weight, a damaged file, or one that is not exactly a model of ours.
     """
+    path = locate(weight, out_dir)
+    if path.is_dir():
+        return import_hf(path)
+    return load_upstream(path, tokenizer_path) if is_upstream(path) else checkpoint.load(str(path))
+
+
+def locate(weight: str | Path, out_dir: str | Path = "out") -> Path:
+    """Return the folder or the .pth that `load` reads. UserError if there is none."""
     name = str(weight)
     if (Path(name) / "config.json").is_file() or (Path(name).is_dir() and "/" in name):
-        return import_hf(name)
+        return Path(name)
     if name.endswith(".gguf"):
         raise UserError(f"A GGUF is run by llama.cpp. Talk to it: minimind chat --weight {name}")
-    path = find_weight(name, out_dir)
-    if not path.with_suffix(".json").is_file():
-        return load_upstream(path, tokenizer_path)
-    return checkpoint.load(str(path))
+    return find_weight(name, out_dir)
+
+
+def is_upstream(path: Path) -> bool:
+    """Return whether a file is taken for a weight of upstream MiniMind: it has no .json beside it."""
+    return path.is_file() and not path.with_suffix(".json").is_file()
 
 
 def trained_length(weight: str | Path, out_dir: str | Path = "out") -> int:
@@ -341,12 +351,18 @@ def trained_length(weight: str | Path, out_dir: str | Path = "out") -> int:
     return max(lengths, default=0)
 
 
-def stretch(model: MiniMind, factor: float, trained: int) -> MiniMind:
+def stretch(model: MiniMind, factor: float, trained: int, **more: float) -> MiniMind:
     """Return the model with YaRN (arXiv 2309.00071): for texts `factor` times as long as trained on.
 
-    The weights stay as they are; only the rotary frequencies change.
+    The weights stay as they are; only the rotary frequencies change. `more` may name YaRN's other
+    settings: upstream's attention_factor is 1.0 and not the paper's 0.1 ln(factor) + 1.
     """
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": trained,
+        **more,
+    }
     longest = {"max_position_embeddings": int(factor * trained)}
     config = dataclasses.replace(model.config, rope_scaling=scaling, **longest)
     return build(config, model.state_dict(), "the model")

@@ -5,9 +5,12 @@ import torch
 import transformers
 from helpers import write_lines
 
-from minimind import UserError, chat
+from minimind import MiniMind, ModelConfig, UserError, chat
 from minimind.checkpoint import save_weight
 from minimind.cli import dispatch
+from minimind.interop import import_hf
+
+HELLO = [{"role": "user", "content": "Hello!"}]
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_one_answer_from_every_format(weight, tokenizer, here, capsys):
     state = {name: tensor.half() for name, tensor in weight.state_dict().items()}
     torch.save(state, here / "upstream/full_sft_64.pth")
     tokenizer.save(here / "upstream/tokenizer.json")
-    expected = chat(weight, tokenizer, [{"role": "user", "content": "Hello!"}], 8)
+    expected = chat(weight, tokenizer, HELLO, 8)
     sources = [
         "full_sft",
         "out/full_sft_64.pth",
@@ -51,11 +54,15 @@ def test_one_answer_from_every_format(weight, tokenizer, here, capsys):
         "--weight",
         "upstream/full_sft_64.pth",
         "--message",
-        "a",
+        "Hello!",
         "--max_new_tokens",
         8,
     )
+    config = {**weight.config.to_dict(), "rms_norm_eps": 1e-6}  # today's, which no shape tells
+    same = MiniMind(ModelConfig.from_dict(config)).eval()
+    same.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     assert "read as upstream MiniMind of today's version" in told
+    assert told.endswith("}\n" + chat(same, tokenizer, HELLO, 8) + "\n")
     transformers.AutoModelForCausalLM.from_pretrained(here / "out/full_sft_64_hf")
 
 
@@ -77,13 +84,61 @@ def test_scores_of_a_text_and_of_questions(weight, here, capsys):
 
 
 def test_an_export_stays_beside_its_weight(weight, here):
+    (here / "out/a").mkdir()
+    (here / "etc_64.gguf").write_text("precious")  # where the first name leads if %2f is decoded
     for name in ("..%2f..%2fetc_64", "a b;c_64", "_hf"):
         for end in (".pth", ".json"):
-            (here / f"out/{name}{end}").write_bytes((here / f"out/full_sft_64{end}").read_bytes())
-        before = {p for p in here.rglob("*") if (here / "out") not in p.parents}
-        dispatch(["export", "--weight", f"out/{name}.pth", "--gguf"])
-        assert (here / f"out/{name}.gguf").is_file()
-        assert {p for p in here.rglob("*") if (here / "out") not in p.parents} == before
+            (here / f"out/a/{name}{end}").write_bytes((here / f"out/full_sft_64{end}").read_bytes())
+        before = contents(here, name)
+        dispatch(["export", "--weight", f"out/a/{name}.pth", "--gguf"])
+        assert (here / f"out/a/{name}.gguf").is_file()
+        assert contents(here, name) == before
+
+
+def contents(here, name):
+    """What every file holds, in the folder and below it, but for the export of this name."""
+    files = (path for path in here.rglob("*") if path.is_file() and path.name != f"{name}.gguf")
+    return {path: path.read_bytes() for path in files}
+
+
+def test_an_export_is_beside_the_weight_that_was_read(weight, here):
+    (here / "full_sft").mkdir()  # not the weight, though it has its name
+    dispatch(["export", "--preset", "full"])
+    assert (here / "out/full_sft_64_hf/config.json").is_file()
+    assert not (here / "full_sft_hf").exists()
+
+
+def test_a_stretched_export_leaves_the_plain_one(weight, here, capsys):
+    for end, flags in (("_hf", []), (".gguf", ["--gguf"])):
+        dispatch(["export", "--preset", "full", *flags])
+        before = contents(here, "none")
+        assert f"full_sft_64_yarn4{end}" in said(capsys, "export", "--yarn_factor", 4, *flags)
+        after = contents(here, "none")
+        assert {path: after[path] for path in before} == before and len(after) > len(before)
+
+
+def test_upstreams_yarn_has_its_own_attention_factor(weight, tokenizer, here, capsys):
+    (here / "upstream").mkdir()
+    state = {name: tensor.half() for name, tensor in weight.state_dict().items()}
+    torch.save(state, here / "upstream/full_sft_64.pth")
+    tokenizer.save(here / "upstream/tokenizer.json")
+    flags = "--yarn_factor", 4, "--yarn_from", 32, "--to", "hf"
+    said(capsys, "export", "--weight", "upstream/full_sft_64.pth", *flags)
+    assert import_hf("hf")[0].config.rope_scaling["attention_factor"] == 1.0
+    said(capsys, "export", *flags)
+    assert "attention_factor" not in import_hf("hf")[0].config.rope_scaling
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(["export", "--to", "a_file"], "Could not write a_file"), (["export", "--gguf", "--to", "out"], "Could not write out"),
+     (["eval", "--text_path", "a_file", "--length", "-5"], "length=-5")],
+)  # fmt: skip
+def test_flags_that_cannot_be_followed(flags, words, weight, here):
+    (here / "a_file").write_text("precious")
+    with pytest.raises(UserError, match=words):
+        dispatch([*flags, "--preset", "full"])
+    assert (here / "a_file").read_text() == "precious"
 
 
 def test_refusals(weight, here):

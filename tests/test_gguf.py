@@ -164,6 +164,16 @@ def test_a_pre_tokenizer_without_a_name_is_refused(tokenizer):
     assert pre_tokenizer(content) == "smollm"
     content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     assert pre_tokenizer(content) == "gpt-2"
+    plain = content["added_tokens"][3]
+    for change, words in (
+        ({"model": {**content["model"], "continuing_subword_prefix": "##"}}, "subword_prefix='##'"),
+        ({"model": {**content["model"], "dropout": 0.1}}, "dropout=0.1"),
+        ({"added_tokens": [{**plain, "lstrip": True}]}, "lstrip of '<think>'"),
+        ({"added_tokens": [{**plain, "rstrip": True}]}, "rstrip of '<think>'"),
+        ({"added_tokens": [{**plain, "single_word": True}]}, "single_word of '<think>'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            pre_tokenizer({**content, **change})
     content["pre_tokenizer"] = {"type": "Whitespace"}
     with pytest.raises(UserError, match="other tokens than the model was trained on"):
         pre_tokenizer(content)

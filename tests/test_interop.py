@@ -164,7 +164,8 @@ def test_other_kinds_of_pth_are_named(content, words, tmp_path):
 
 
 def test_an_upstream_weight_needs_its_own_tokenizer(small_model, tokenizer, tmp_path):
-    torch.save(small_model(num_attention_heads=8).state_dict(), tmp_path / "x.pth")
+    state = small_model(num_attention_heads=8).state_dict()
+    torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="needs its tokenizer"):
         minimind.load(tmp_path / "x.pth")
     tokenizer.save(tmp_path / "tokenizer.json")
@@ -172,6 +173,30 @@ def test_an_upstream_weight_needs_its_own_tokenizer(small_model, tokenizer, tmp_
         UserError, match=r"tokens and the model 120: it is the tokenizer of another"
     ):
         minimind.load(tmp_path / "x.pth")
+
+
+def test_a_weight_of_ours_without_its_json_is_not_taken_for_upstreams(
+    model_of, tokenizer, tmp_path
+):
+    save_weight(tmp_path / "full_sft_64.pth", model_of("qwen3"), tokenizer, [], {})
+    (tmp_path / "full_sft_64.json").rename(tmp_path / "lost.json")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match=r"lost its full_sft_64\.json"):
+        minimind.load("full_sft", out_dir=tmp_path)
+
+
+def test_token_ids_beyond_the_model_are_refused(model_of, tokenizer, tmp_path):
+    content = json.loads(tokenizer.to_json())
+    content["added_tokens"][-1]["id"] = content["model"]["vocab"]["</answer>"] = 10**6
+    folder, path = tmp_path / "hf", tmp_path / "full_sft_64.pth"
+    write_hf(model_of("llama"), tokenizer, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    save_weight(path, model_of("llama"), tokenizer, [], {})
+    sidecar = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({**sidecar, "tokenizer": content}))
+    for weight in (folder, path):
+        with pytest.raises(UserError, match="ids for 1000001 tokens and the model"):
+            minimind.load(weight)
 
 
 def test_yarn_on_request(small_model, tokenizer, tmp_path):
