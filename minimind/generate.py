@@ -88,7 +88,7 @@ def next_token_probabilities(
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row (B,): where the running sum of (B, V) passes uniform (B,) in [0, 1)."""
-    running = probabilities.double().cumsum(-1)
+    running = probabilities.cumsum(-1, dtype=torch.double)
     threshold = uniform.double()[:, None] * running[:, -1:]
     token = torch.searchsorted(running, threshold, right=True)[:, 0]
     return token.clamp(max=probabilities.shape[-1] - 1)
@@ -216,7 +216,7 @@ def _collect(steps: Iterator[Step], count: int, max_new_tokens: int, eos_id: int
     return tokens, logps, lengths
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _steps(
     model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
     seed: int | None, shape: Shape, compiled: bool = False, first_row: int = 0,

@@ -185,7 +185,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """
     (B, H, T, D), K, dtype = q.shape, k.shape[1], v.dtype
     if T == 1:  # the heads of a group take the place of T: no key is copied
-        q, causal = q.reshape(B, K, H // K, D), False
+        q, causal = q.reshape(B, K, H // K, D).contiguous(), False
     else:
         causal = mask is None
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
