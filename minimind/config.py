@@ -151,8 +151,8 @@ class TrainConfig:
         from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
         save_weight: the name under which the trained weight is saved.
         from_resume: 1 continues from this stage's newest whole resume point if there is one.
-        skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite and counts it;
-            0 stops with a diagnosis.
+        skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite, or whose loss
+            explodes, and counts it; 0 stops with a diagnosis.
         save_interval: steps between two resume points.
         log_interval: steps between two rows of the log.
         eval_interval: steps between two measurements of the held-out loss; 0: none.

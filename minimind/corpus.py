@@ -127,19 +127,22 @@ def prepare(
         skip_bad_rows: leave bad rows out and count them, instead of stopping at the first.
 
     Raises:
-        UserError: no source, a bad row, no good row, or the disk is full.
+        UserError: no source, `to` is the source, a bad row, no good row, or the disk is full.
     """
     to = Path(to or Path(source).with_suffix(".tokens"))
     open_source(source).close()
+    if to.exists() and to.samefile(source):
+        raise UserError(f"{to} is the source itself. Give another file with minimind prepare --to.")
+    digest = fingerprint(source)  # by all processes at once; what follows is one after the other
     with alone(to):
-        why = staleness(to, source, tokenizer, skip_bad_rows)
+        why = staleness(to, digest, tokenizer, skip_bad_rows)
         if why:
             print(f"{to} {why}: it is made from {source}.")
             write_tokens(source, tokenizer, to, skip_bad_rows)
     return to
 
 
-def staleness(to: Path, source: str | Path, tokenizer: Tokenizer, skip: bool) -> str | None:
+def staleness(to: Path, sha256: str, tokenizer: Tokenizer, skip: bool) -> str | None:
     """Return why a token file does not serve, or None."""
     header = read_header(to)
     if header is None:
@@ -148,10 +151,13 @@ def staleness(to: Path, source: str | Path, tokenizer: Tokenizer, skip: bool) ->
         return "was made with another tokenizer"
     if header.skipped and not skip:
         return f"leaves out {sum(header.skipped.values())} bad rows, and skip_bad_rows is 0"
-    size = Path(source).stat().st_size
-    if header.source_bytes != size or header.source_sha256 != fingerprint(source):
-        return "was made before its source changed"
-    return None
+    return None if header.source_sha256 == sha256 else "was made before its source changed"
+
+
+def source_sha256(path: str | Path) -> str:
+    """Return the sha256 of a data file; a token file, or one beside it, knows its text's."""
+    header = read_header(Path(path).with_suffix(".tokens"))
+    return header.source_sha256 if header else fingerprint(path)
 
 
 def write_tokens(source: str | Path, tokenizer: Tokenizer, to: Path, skip: bool) -> None:
@@ -332,6 +338,7 @@ class Rows(Sequence):
         offsets: (N,) where each row begins in the file, in bytes.
         lengths: (N,) tokens.
         faults: what was left out or cut, with its count.
+        sha256: of the whole file.
         columns: name to (N, …) values that examples get on top.
     """
 
@@ -340,6 +347,7 @@ class Rows(Sequence):
     offsets: np.ndarray
     lengths: np.ndarray
     faults: Counter
+    sha256: str
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -386,16 +394,17 @@ def read_rows(
     """
     path = Path(path)
     open_source(path).close()
+    sha256 = fingerprint(path)
     if path.stat().st_size < SMALL:
-        return Rows(path, make, *index_rows(path, check, look, skip_bad_rows))
+        return Rows(path, make, *index_rows(path, check, look, skip_bad_rows), sha256)
     index = path.with_name(f"{path.stem}.{made_for.split()[0]}.index.npz")
-    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {fingerprint(path)}"
+    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {sha256}"
     with alone(index):
         found = load_index(index, stamp)
         if found is None:
             found = index_rows(path, check, look, skip_bad_rows)
             save_index(index, stamp, *found)
-    return Rows(path, make, *found)
+    return Rows(path, make, *found, sha256)
 
 
 def index_rows(

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import SMALL, chats, texts, write_lines
 
 import minimind
 from minimind import Tokenizer, UserError, cli, corpus
+from minimind.checkpoint import fingerprint
 from minimind.config import data_samples
 from minimind.corpus import (
     HEADER,
@@ -86,9 +88,25 @@ def test_a_token_file_of_another_tokenizer_or_cut_off_is_refused(source, tokeniz
         read_tokens(path, tokenizer)
     with pytest.raises(UserError, match="There is no data file"):
         prepare(str(path.parent / "none.jsonl"), tokenizer)
+    content = Path(source).read_bytes()
+    with pytest.raises(UserError, match=r"text\.jsonl is the source itself"):
+        prepare(source, tokenizer, path.parent / ".." / path.parent.name / "text.jsonl")
+    assert Path(source).read_bytes() == content
     (path.parent / "e.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"e\.jsonl is empty"):
         prepare(path.parent / "e.jsonl", tokenizer)
+
+
+def test_many_processes_hash_the_source_at_once(source, tokenizer, monkeypatch):
+    prepare(source, tokenizer)
+    lock = FileLock(Path(source).with_suffix(".tokens.lock"))
+
+    def hash_of_file(path):
+        with lock.acquire(timeout=0):  # Timeout if the lock is held meanwhile
+            return fingerprint(path)
+
+    monkeypatch.setattr(corpus, "fingerprint", hash_of_file)
+    prepare(source, tokenizer)
 
 
 KILLED = """
@@ -249,7 +267,7 @@ def test_rows_come_from_the_file_and_only_when_asked_for(tmp_path, tokenizer):
     assert list(rows[[7, 2]]) == [whole[7], whole[2]]
     assert rows.lengths.tolist() == [len(example["input_ids"]) for example in whole]
     held = {name: value for name, value in vars(rows).items() if not callable(value)}
-    assert held.keys() == {"path", "offsets", "lengths", "faults", "columns"}
+    assert held.keys() == {"path", "offsets", "lengths", "faults", "sha256", "columns"}
     with pytest.raises(IndexError):
         rows[40]
 

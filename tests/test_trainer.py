@@ -1,6 +1,9 @@
 import json
 import math
+import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from helpers import SMALL, chats, texts, write_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind
-from minimind import UserError
+from minimind import UserError, trainer
 from minimind.checkpoint import read_tensors
 from minimind.config import data_samples, stage_config
 from minimind.data import pad_batch
@@ -121,6 +124,40 @@ def test_a_resume_point_of_other_settings_is_refused(tmp_path):
     minimind.train("pretrain", **settings)
     with pytest.raises(UserError, match=r"learning_rate was 0.001 and is 0.002"):
         minimind.train("pretrain", **{**settings, "learning_rate": 2e-3, "from_resume": 1})
+
+
+def test_a_run_knows_its_data_by_content_not_by_name(tmp_path, tokenizer):
+    for stage, other in (("pretrain", texts(60, seed=5)), ("sft", chats(30, seed=5))):
+        settings = settings_for(tmp_path, stage, from_weight="none", epochs=1)
+        weight = minimind.train(stage, **settings).weight_path.read_bytes()
+        path = Path(settings["data_path"])
+        names = [str(shutil.copy(path, tmp_path / "copy.jsonl"))]
+        if stage == "pretrain":
+            names.append(str(minimind.corpus.prepare(path, tokenizer, tmp_path / "copy.tokens")))
+        for name in names:
+            again = minimind.train(stage, **{**settings, "data_path": name, "from_resume": 1})
+            assert again.weight_path.read_bytes() == weight
+        write_lines(path, other)
+        with pytest.raises(
+            UserError, match=rf"other data .*{path.name}.* holds now.*from_resume=0"
+        ):
+            minimind.train(stage, **settings, from_resume=1)
+
+
+def test_the_speed_is_that_of_training_and_of_labels(small_model, monkeypatch):
+    config = stage_config("sft", dtype="float32", device="cpu", eval_interval=1)
+    run = Run(small_model(), [], make_scaler(config, torch.device("cpu")))
+    labels = torch.tensor([[5, 5, 5, -100], [-100, -100, 5, 5]])  # the first 5 is never predicted
+    batch = {"input_ids": labels.abs(), "labels": labels}
+    step = torch.tensor(1.0), {}, torch.tensor(1.0)
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *_: step)
+    monkeypatch.setattr(trainer, "heldout_loss", lambda *_: time.sleep(1) or 0.0)
+    pace = trainer.Pace(since=time.monotonic() - 1)
+    trainer.take_step(run, TASK, [batch, {**batch, "idle": torch.tensor(True)}], 1e-3, config, pace)
+    assert pace.tokens == 4
+    pace.tokens = 10_000
+    row = trainer.log_row(run, TASK, config, 9, pace)
+    assert row["heldout_loss"] == 0.0 and row["tokens_per_second"] > 7500  # 5000 with that second
 
 
 def test_training_lowers_the_loss_and_logs_it(tmp_path):
