@@ -105,8 +105,8 @@ def alone(path: Path) -> Iterator[None]:
         held = FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error}). Write it elsewhere with minimind prepare --to, and "
-            "give that file as data_path."
+            f"{path} cannot be written ({error}). Write it elsewhere with minimind prepare --to and a "
+            "--tokenizer_path, and give that file as data_path."
         ) from error
     with held:
         yield
@@ -299,6 +299,31 @@ def read_tokens(
         write_tokens(path, tokenizer, to, skip_bad_rows)
         tokens, skipped = open_tokens(to, tokenizer)
         return np.array(tokens), skipped
+
+
+def own_tokenizer(source: str | Path) -> Tokenizer:
+    """Return the tokenizer of 6,400 tokens that belongs to `X.jsonl` (or its `X.tokens`): `X.tokenizer.json`.
+
+    It is trained if there is none. `X.tokenizer.sha256` tells on which source: if that has changed,
+    it is trained anew. Without such a file it is somebody's own, and stays as it is.
+
+    Raises:
+        UserError: no source, or its folder cannot be written.
+    """
+    source = Path(source)
+    path, stamp = (source.with_suffix(f".tokenizer.{end}") for end in ("json", "sha256"))
+    if source.suffix != ".tokens":
+        open_source(source).close()
+        made_from = f"{fingerprint(source)}  {source.name}\n"  # as sha256sum writes it
+        with alone(source.with_suffix(".tokens")):
+            changed = stamp.exists() and stamp.read_text() != made_from
+            if changed or not path.exists():
+                why = "was made before its source changed" if changed else "is not there yet"
+                print(f"{path} {why}: it is trained on {source}.")
+                content = train_tokenizer(source).to_json() + "\n"
+                write_atomically(path, lambda file: file.write(content.encode()))
+                write_atomically(stamp, lambda file: file.write(made_from.encode()))
+    return Tokenizer.load(path)
 
 
 def train_tokenizer(source: str | Path, vocab_size: int = 6400) -> Tokenizer:

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from minimind import distributed
 from minimind.checkpoint import (
     load_model,
+    load_sidecar,
     load_state,
     newest_resume,
     save_weight,
@@ -41,7 +42,7 @@ from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
-from minimind.stages import NEEDS, STAGES
+from minimind.stages import NEEDS, STAGES, TOKENIZERS
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, postfix, start_trackers
@@ -115,7 +116,7 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
         train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    model, tokenizer, lineage = starting_point(config)
+    model, tokenizer, lineage = starting_point(stage, config)
     task = STAGES[stage](config, model.to(device), tokenizer)
     for fault, count in task.warnings.items():
         distributed.say(f"Warning: {count} x {fault}")
@@ -415,16 +416,32 @@ def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
 
-def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
+def starting_point(stage: str, config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
     """Return the model to train, its tokenizer, and the stages it has been through."""
+    tokenizer = starting_tokenizer(stage, config)
     if config.from_weight == "none":
-        tokenizer = Tokenizer.load(config.tokenizer_path)
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
     path = starting_weight(config)
     model, sidecar = load_model(path)
-    tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
     check_shape(model.config, config, path)
     return model, tokenizer, sidecar["stages"]
+
+
+def starting_tokenizer(stage: str, config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer of a run: its weight's, else the one that is given, else the stage's own.
+
+    UserError if there is none of them.
+    """
+    if config.from_weight != "none":
+        sidecar = load_sidecar(starting_weight(config))
+        return Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    if not config.tokenizer_path and stage in TOKENIZERS:
+        return TOKENIZERS[stage](config)
+    if not config.tokenizer_path:
+        raise UserError(
+            f"{stage} from nothing has no tokenizer. Give tokenizer_path or from_weight."
+        )
+    return Tokenizer.load(config.tokenizer_path)
 
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_theta",

@@ -192,16 +192,38 @@ def test_other_tokenizers_get_whole_texts(tokenizer):
 # The command, and training from it
 
 
-def test_the_command_trains_a_tokenizer_where_none_is_given(source, tmp_path, capsys):
+def test_the_command_trains_a_tokenizer_where_none_is_given(source, tmp_path):
     cli.dispatch(["prepare", "--data_path", source])
     tokenizer = Tokenizer.load(tmp_path / "text.tokenizer.json")
-    assert "--tokenizer_path" in capsys.readouterr().out
     tokens, _ = open_tokens(tmp_path / "text.tokens", tokenizer)
     assert np.array_equal(tokens, stream(source, tokenizer))
     made = (tmp_path / "text.tokenizer.json").stat().st_mtime_ns
     cli.dispatch(["prepare", "--data_path", source, "--to", str(tmp_path / "b.tokens")])
     assert (tmp_path / "text.tokenizer.json").stat().st_mtime_ns == made
     assert (tmp_path / "b.tokens").read_bytes() == (tmp_path / "text.tokens").read_bytes()
+
+
+def test_training_and_the_command_agree_on_the_tokenizer(source, tmp_path, monkeypatch):
+    cli.dispatch(["prepare", "--data_path", source])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("text.*")}
+    settings = {**SMALL, "epochs": 0.1, "out_dir": str(tmp_path / "out")}
+    for data_path in (source, str(tmp_path / "text.tokens")):
+        result = minimind.train("pretrain", data_path=data_path, **settings)
+        assert result.tokenizer.to_json() + "\n" == (tmp_path / "text.tokenizer.json").read_text()
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    with pytest.raises(UserError, match=r"no tokenizer at .*b\.tokenizer\.json"):
+        corpus.own_tokenizer(tmp_path / "b.tokens")
+
+
+def test_a_tokenizer_is_trained_again_when_its_source_has_changed(source, tmp_path, capsys):
+    first = corpus.own_tokenizer(source).to_json()
+    write_lines(tmp_path / "text.jsonl", [{"text": "quite other words stand here"}] * 9)
+    second = corpus.own_tokenizer(source).to_json()
+    assert second != first == corpus.own_tokenizer(write_lines(tmp_path / "text.jsonl", texts(300))).to_json()  # fmt: skip
+    assert capsys.readouterr().out.count("was made before its source changed") == 2
+    (tmp_path / "text.tokenizer.sha256").unlink()  # somebody's own, then
+    write_lines(tmp_path / "text.jsonl", [{"text": "quite other words stand here"}] * 9)
+    assert corpus.own_tokenizer(source).to_json() == first
 
 
 def test_a_tokenizer_sees_a_bounded_sample_of_the_source(source, monkeypatch):
