@@ -20,6 +20,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -41,6 +42,7 @@ FORMAT = "minimind tokens 1"
 HEADER = 4096  # bytes
 PART = 2**22  # bytes of the source between two points from which a killed run goes on
 SMALL = 2**25  # bytes; a smaller source is read again each time (seconds) and leaves no file
+BLOCK = 1024  # rows that are looked at together
 SAMPLE = 2**22  # bytes of text that a tokenizer is trained on: memory grows with it
 
 
@@ -429,14 +431,16 @@ def index_rows(
     """Return where the kept rows begin, their lengths, and the faults, counted."""
     offsets, lengths, faults = array("q"), array("i"), Counter()
     progress = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2)
-    with progress:
-        for offset, row in scan_jsonl(path, check, faults if skip else None):
-            length, fault = look(row)
-            if fault:
-                faults[fault] += 1
-            if length:
-                offsets.append(offset)
-                lengths.append(length)
+    rows = scan_jsonl(path, check, faults if skip else None)
+    with progress, ThreadPoolExecutor(os.cpu_count()) as threads:  # encoding leaves Python's lock
+        while block := list(islice(rows, BLOCK)):
+            looks = threads.map(look, [row for _, row in block])
+            for (offset, _), (length, fault) in zip(block, looks, strict=True):
+                if fault:
+                    faults[fault] += 1
+                if length:
+                    offsets.append(offset)
+                    lengths.append(length)
             progress.update(offset - progress.n)
     return np.array(offsets, np.int64), np.array(lengths, np.int32), faults
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,21 @@ def test_the_index_of_a_large_file_is_kept_beside_it(tmp_path, tokenizer, monkey
         list(first)
     (tmp_path / "c.chat.index.npz").write_bytes(b"damaged")
     assert len(read_chats(path, tokenizer, 16)) == 40 and len(calls) == 5
+
+
+def test_rows_are_looked_at_by_several_threads_and_stay_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK", 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path, together = write_lines(tmp_path / "c.jsonl", chats(40)), threading.Barrier(2, timeout=20)
+
+    def look(row):
+        together.wait()  # fails unless another row is looked at at the same time
+        text = row["conversations"][0]["content"]
+        return len(text), "short" if len(text) < 20 else None
+
+    wanted = [len(row["conversations"][0]["content"]) for row in chats(40)]
+    _, lengths, faults = index_rows(Path(path), check_conversation, look, False)
+    assert lengths.tolist() == wanted and faults["short"] == sum(n < 20 for n in wanted) > 0
 
 
 def test_an_index_takes_few_bytes_a_row(tmp_path):
