@@ -150,6 +150,9 @@ class TrainConfig:
             of keeping what it computed: less memory, more time, the same gradients.
         from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
         save_weight: the name under which the trained weight is saved.
+        tokenizer_path: for a run that starts from nothing; with from_weight that weight's own is used.
+            Empty: pretraining trains one of 6,400 tokens on data_path and keeps it beside it,
+            distillation takes the teacher's.
         from_resume: 1 continues from this stage's newest whole resume point if there is one.
         skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite, or whose loss
             explodes, and counts it; 0 stops with a diagnosis.
@@ -171,7 +174,7 @@ class TrainConfig:
     data_path: str = ""
     eval_data_path: str = ""
     skip_bad_rows: int = 0
-    tokenizer_path: str = "data_samples/tokenizer.json"
+    tokenizer_path: str = ""
     out_dir: str = "out"
     from_weight: str = "none"
     save_weight: str = ""
@@ -506,7 +509,7 @@ def stage_config(stage: str, preset: str = "full", **settings: object) -> TrainC
 def preset_settings(stage: str, preset: str) -> dict:
     """Return what a preset changes; the small presets run on the built-in data."""
     if preset == "full":
-        return {"tokenizer_path": str(data_samples("tokenizer.json"))}
+        return {}
     stem = {"spo": "grpo", "reward": "dpo"}.get(stage, stage)  # they learn from the same rows
     data = {
         "data_path": str(data_samples(f"{stem}.jsonl")),

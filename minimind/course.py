@@ -20,7 +20,7 @@ from minimind.generate import chat
 from minimind.measures import MEASURES, limit_of
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
-from minimind.trainer import train
+from minimind.trainer import starting_tokenizer, train
 
 STAGES_IN_ORDER = tuple(CONFIGS)
 QUESTIONS = ("Hello!", "What is 17+8?")
@@ -67,8 +67,8 @@ def course(preset: str = "course", seed: int = 42, out_dir: str | None = None) -
 def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
     """Train a stage, measured before its first step and after its last; return its part of the report."""
     started = time.monotonic()
+    run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     limit = limit_of(preset)
-    tokenizer = Tokenizer.load(stage_config(stage, preset).tokenizer_path)
     before: dict[str, Measure] = {}
     measuring = 0.0
 
@@ -76,18 +76,18 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
         nonlocal measuring
         if step == 0:
             began = time.monotonic()
+            tokenizer = starting_tokenizer(stage, stage_config(stage, **run))
             before.update(MEASURES[stage](model, tokenizer, limit)[0])
             model.train()
             measuring = time.monotonic() - began
 
-    run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     result = train(stage, callback=measure_first, **run)
-    after, found = MEASURES[stage](result.model, tokenizer, limit)
+    after, found = MEASURES[stage](result.model, result.tokenizer, limit)
     measures = {
         name: {**asdict(measure), "before": before[name].value, "after": measure.value}
         for name, measure in after.items()
     }
-    BASELINES[stage](measures, found, tokenizer, run)
+    BASELINES[stage](measures, found, result.tokenizer, run)
     for measure in measures.values():
         del measure["value"]
     return {

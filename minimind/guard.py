@@ -113,11 +113,11 @@ class Watch:
 
     def look(self, config: TrainConfig) -> tuple[str, Figures] | None:
         """Bring new figures to the host. Return why the run must end, and the step's; or None."""
-        for figures in self.pending:
-            if isinstance(figures["loss"], Tensor):
-                figures.update({name: float(value) for name, value in figures.items()})
-                if why := self._judge(figures, config):
-                    return why, figures
+        new = [figures for figures in self.pending if isinstance(figures["loss"], Tensor)]
+        to_host(new)
+        for figures in new:
+            if why := self._judge(figures, config):
+                return why, figures
         return None
 
     def _judge(self, figures: Figures, config: TrainConfig) -> str:
@@ -166,6 +166,14 @@ class Watch:
             row["skipped_steps"] = self.skipped
         self.pending, self.spike = [], {}
         return row
+
+
+def to_host(steps: list[Figures]) -> None:
+    """Replace the tensors among figures by their numbers, with one copy from the device for all."""
+    found = [(step, n) for step in steps for n, value in step.items() if isinstance(value, Tensor)]
+    values = torch.stack([step[n].float() for step, n in found]).tolist() if found else []
+    for (step, n), value in zip(found, values, strict=True):
+        step[n] = value
 
 
 def is_good(figures: Figures) -> bool:

@@ -24,7 +24,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+<<<<<<< HEAD
 from minimind import checkpoint, distributed
+=======
+from minimind import distributed
+from minimind.checkpoint import (
+    load_model,
+    load_sidecar,
+    load_state,
+    newest_resume,
+    save_weight,
+    starting_weight,
+    weight_path,
+    write_resume,
+)
+>>>>>>> full26
 from minimind.compiling import compile_blocks
 from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.corpus import source_sha256
@@ -34,8 +48,12 @@ from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
+<<<<<<< HEAD
 from minimind.stages import NEEDS, STAGES
 from minimind.stages.pretrain import count_labels
+=======
+from minimind.stages import NEEDS, STAGES, TOKENIZERS
+>>>>>>> full26
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, postfix, start_trackers
@@ -111,7 +129,7 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
         train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    model, tokenizer, lineage = starting_point(config)
+    model, tokenizer, lineage = starting_point(stage, config)
     task = STAGES[stage](config, model.to(device), tokenizer)
     for fault, count in task.warnings.items():
         distributed.say(f"Warning: {count} x {fault}")
@@ -416,16 +434,38 @@ def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
 
-def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
+def starting_point(stage: str, config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
     """Return the model to train, its tokenizer, and the stages it has been through."""
+    tokenizer = starting_tokenizer(stage, config)
     if config.from_weight == "none":
-        tokenizer = Tokenizer.load(config.tokenizer_path)
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
+<<<<<<< HEAD
     path = checkpoint.starting_weight(config)
     model, sidecar = checkpoint.load_model(path)
     tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+=======
+    path = starting_weight(config)
+    model, sidecar = load_model(path)
+>>>>>>> full26
     check_shape(model.config, config, path)
     return model, tokenizer, sidecar["stages"]
+
+
+def starting_tokenizer(stage: str, config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer of a run: its weight's, else the one that is given, else the stage's own.
+
+    UserError if there is none of them.
+    """
+    if config.from_weight != "none":
+        sidecar = load_sidecar(starting_weight(config))
+        return Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    if not config.tokenizer_path and stage in TOKENIZERS:
+        return TOKENIZERS[stage](config)
+    if not config.tokenizer_path:
+        raise UserError(
+            f"{stage} from nothing has no tokenizer. Give tokenizer_path or from_weight."
+        )
+    return Tokenizer.load(config.tokenizer_path)
 
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_theta",

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from helpers import SMALL, texts, write_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind
 from minimind import UserError
@@ -154,6 +155,21 @@ def test_figures_wait_on_the_device_and_the_first_bad_step_is_named():
         watch.pending.append({**figures, "grad_norm": torch.tensor(1.0)})
     why, figures = watch.look(config)
     assert why == "the loss is nan" and figures["step"] == 3 and watch.recent == [5.0, 4.0]
+
+
+def test_all_figures_come_to_the_host_in_one_copy():
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket is not torch.ops.aten._local_scalar_dense  # float(tensor)
+            return func(*args, **(kwargs or {}))
+
+    watch = Watch()
+    for step in range(1, 4):
+        named = {name: torch.tensor(step + 0.5) for name in ("loss", "grad_norm", "kl")}
+        watch.pending.append({"step": step, "lr": 1e-3, **named})
+    with Copies():
+        assert watch.look(stage_config("pretrain", device="cpu")) is None
+    assert watch.row() == {"loss": 3.5, "lr": 1e-3, "grad_norm": 3.5, "kl": 2.5}
 
 
 def test_weights_that_have_overflowed_are_not_saved(small_model):

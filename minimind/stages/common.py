@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 from torch import Tensor, nn
 
 from minimind.data import Batch
+from minimind.losses import label_logps
 
 
 def batch_logps(model: nn.Module, batch: Batch) -> Tensor:
     """Return ln p of every label of a batch under the model, (B, T-1), as `token_logps` does."""
-    return model(batch["input_ids"], labels=batch["labels"], places=batch.get("places"))
+    read = partial(label_logps, labels=batch["labels"], places=batch.get("places"))
+    return model(batch["input_ids"], read=read)
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
