@@ -70,14 +70,10 @@ REWARDS: dict[str, Callable[[Row, str], float]] = {
     "repetition": lambda row, text: repetition_reward(text),
 }  # `minimind grpo` and `spo` take those that `make_reward` names; the others are for loops of your own
 
-SPANS = {
-    "exact": (0, 1),
-    "format": (0, 0.5),
-    "tags": (0, 1),
-    "length": (-1, 0),
-    "repetition": (-1, 0),
-    "reward_model": (-3, 3),  # its scores are clipped to it
-}
+SPANS = {  # the lowest and the highest; scores of a reward model are clipped to theirs
+    "exact": (0, 1), "format": (0, 0.5), "tags": (0, 1), "length": (-1, 0), "repetition": (-1, 0),
+    "reward_model": (-3, 3),
+}  # fmt: skip
 SPAN_OF_OTHERS = (0, 1)
 
 
