@@ -525,6 +525,14 @@ def test_long_prompts_are_left_out_whole_and_counted(settings, capsys):
     assert result.metrics["steps"] == math.ceil((6 - left_out) / 4)
 
 
+def test_a_reward_model_that_has_nothing_to_judge_is_named(settings, capsys):
+    minimind.train("grpo", **{**settings, "reward_model_path": "some/judge", "epochs": 1})
+    assert (
+        'Warning: every problem has an "answer", so some/judge judges nothing.'
+        in capsys.readouterr().out
+    )
+
+
 # What is measured
 
 
