@@ -17,6 +17,16 @@ def batch_logps(model: nn.Module, batch: Batch) -> Tensor:
     return model(batch["input_ids"], read=read)
 
 
+def centred(values: Tensor) -> Tensor:
+    """Return values (…, n) minus their mean over n; exactly 0 where all n are equal.
+
+    Their mean may be off by a rounding error, and an optimizer such as AdamW, which divides a
+    gradient by its own size, would make a step of it.
+    """
+    equal = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
+    return (values - values.mean(-1, keepdim=True)).masked_fill(equal, 0)
+
+
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over sequences of each sequence's mean over its own tokens, a scalar.
 
