@@ -25,6 +25,19 @@ from minimind.trainer import train
 STAGES_IN_ORDER = tuple(CONFIGS)
 QUESTIONS = ("Hello!", "What is 17+8?")
 
+# The rows of the report's picture, and the measure by which each stage reports them.
+ABILITIES = {
+    "text: bits saved of 8": {"pretrain": "bits_per_byte"},
+    "facts, as text": {"pretrain": "facts_completed"},
+    "questions": {"sft": "exact_match", "lora": "sft_exact_match", "dpo": "sft_exact_match", "reason": "sft_exact_match"},
+    "people no chat tells of": {"sft": "exact_match_person_unseen"},
+    "persona": {"lora": "persona"},
+    "kind and right, sampled": {"dpo": "preferred_and_right"},
+    "chains of 2–5 operations": {"reason": "answer", "grpo": "greedy_easy", "spo": "greedy_easy"},
+    "chains of 6–7, sampled": {"grpo": "sampled_hard", "spo": "sampled_hard"},
+    "questions, a layer less": {"distill": "exact_match"},
+}  # fmt: skip
+
 
 def load_or_train(weight: str, preset: str = "course") -> tuple[MiniMind, Tokenizer]:
     """Return the model and tokenizer of a stage's weight, training it (and what it needs) if absent.
@@ -136,7 +149,7 @@ def report_text(report: dict) -> str:
               + ", ".join(f"{name} {value:.3f}" for name, value in text["baselines"].items())
               + f". That is {text['after'] / text['baseline']:.2f} of the 5-gram's.",
               BASELINES_TEXT]  # fmt: skip
-    lines += ["", "![before and after](report.png)", "", "## Chat", ""]
+    lines += ["", "![what each stage can do](report.png)", "", "## Chat", ""]
     lines += [
         f"> `{t['weight']}` **{t['user']}**  \n> `{t['assistant']}`\n" for t in report["chat"]
     ]
@@ -150,6 +163,28 @@ def report_text(report: dict) -> str:
     return "\n".join(lines)
 
 
+def abilities(report: dict) -> dict[str, dict[str, tuple[float, float | None, bool]]]:
+    """Return, by ability and stage, the share, its baseline, and whether that stage raised it.
+
+    What a stage measured before its first step belongs to the stage whose weight it started from.
+    Bits per byte count as the share that is saved of a byte's 8.
+    """
+    found: dict = {name: {} for name in ABILITIES}
+    for name, measures in ABILITIES.items():
+        for part in report["stages"]:
+            stage = part["stage"]
+            if (m := part["measures"].get(measures.get(stage))) is None:
+                continue
+            before, after, baseline = (
+                1 - m[key] / 8 if m["better"] == "lower" else m[key]
+                for key in ("before", "after", "baseline")
+            )
+            if start := STAGE_OF_WEIGHT.get(CONFIGS[stage].from_weight):
+                found[name].setdefault(start, (before, None, False))
+            found[name][stage] = (after, baseline, after > before + 0.01)
+    return found
+
+
 def write_report(report: dict, folder: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, report.png."""
     files = {
@@ -159,10 +194,10 @@ def write_report(report: dict, folder: Path) -> None:
     for name, text in files.items():
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
     try:
-        from minimind.plots import before_after
+        from minimind.plots import ladder
     except ImportError:
         return
-    figure = before_after(report)
+    figure = ladder(abilities(report))
     write_atomically(
         folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120)
     )
