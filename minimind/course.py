@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ QUESTIONS = ("Hello!", "What is 17+8?")
 ABILITIES = {
     "text: bits saved of 8": {"pretrain": "bits_per_byte"},
     "facts, as text": {"pretrain": "facts_completed"},
-    "questions": {"sft": "exact_match", "lora": "sft_exact_match", "dpo": "sft_exact_match", "reason": "sft_exact_match"},
+    "questions": {"sft": "exact_match", **dict.fromkeys(("lora", "dpo", "reason"), "sft_exact_match")},
     "people no chat tells of": {"sft": "exact_match_person_unseen"},
     "persona": {"lora": "persona"},
     "kind and right, sampled": {"dpo": "preferred_and_right"},
@@ -163,7 +164,7 @@ def report_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def abilities(report: dict) -> dict[str, dict[str, tuple[float, float | None, bool]]]:
+def abilities(report: dict) -> dict[str, dict[str, tuple[float, float, bool]]]:
     """Return, by ability and stage, the share, its baseline, and whether that stage raised it.
 
     What a stage measured before its first step belongs to the stage whose weight it started from.
@@ -172,16 +173,13 @@ def abilities(report: dict) -> dict[str, dict[str, tuple[float, float | None, bo
     found: dict = {name: {} for name in ABILITIES}
     for name, measures in ABILITIES.items():
         for part in report["stages"]:
-            stage = part["stage"]
-            if (m := part["measures"].get(measures.get(stage))) is None:
-                continue
-            before, after, baseline = (
-                1 - m[key] / 8 if m["better"] == "lower" else m[key]
-                for key in ("before", "after", "baseline")
-            )
-            if start := STAGE_OF_WEIGHT.get(CONFIGS[stage].from_weight):
-                found[name].setdefault(start, (before, None, False))
-            found[name][stage] = (after, baseline, after > before + 0.01)
+            stage, start = part["stage"], STAGE_OF_WEIGHT.get(CONFIGS[part["stage"]].from_weight)
+            if m := part["measures"].get(measures.get(stage)):
+                figures = (m[key] for key in ("before", "after", "baseline"))
+                before, after, baseline = (1 - x / 8 if m["better"] == "lower" else x for x in figures)  # fmt: skip
+                if start:
+                    found[name].setdefault(start, (before, math.nan, False))
+                found[name][stage] = (after, baseline, after > before + 0.01)
     return found
 
 

@@ -102,33 +102,29 @@ def heatmap(
     return figure
 
 
-def ladder(rows: dict[str, dict[str, tuple[float, float | None, bool]]]) -> Figure:
+def ladder(rows: dict[str, dict[str, tuple[float, float, bool]]]) -> Figure:
     """What each weight can do: abilities from top to bottom, the stages from left to right.
 
     Args:
-        rows: by ability and stage, in order: a share, its baseline (None: no tick), and whether
+        rows: by ability and stage, in order: a share, its baseline (nan: no tick), and whether
             this stage raised it. What was not measured is left out, and its place stays empty.
     """
     columns = list(dict.fromkeys(stage for cells in rows.values() for stage in cells))
-    figure, (ax,) = new_figure(width=10, height=0.5 * len(rows) + 1.2)
-    width = 0.86  # of a full bar, where two columns are 1 apart
+    size, width = (10, 0.5 * len(rows) + 1.2), 0.86  # width: of a full bar; columns are 1 apart
+    figure, ax = plt.subplots(figsize=size, layout="constrained", subplot_kw={"frame_on": False})
     for y, cells in enumerate(rows.values()):
         for stage, (share, baseline, raised) in cells.items():
-            x = columns.index(stage)
-            ax.barh(y, width, 0.64, left=x, color="#EEEEEE")
-            ax.barh(y, width * share, 0.64, left=x, color=BLUE if raised else SKY)
+            x, colour = columns.index(stage), BLUE if raised else SKY
             ink = "white" if raised and share > 0.5 else "black"
+            ax.barh(y, [width, width * share], 0.64, left=x, color=["#EEEEEE", colour])
+            ax.plot([x + width * baseline] * 2, [y - 0.42, y + 0.42], color=ORANGE, lw=2)
             ax.text(x + 0.4 * width, y, f"{share:.2f}", color=ink, ha="center", va="center")
-            if baseline is not None:
-                ax.plot([x + width * baseline] * 2, [y - 0.42, y + 0.42], color=ORANGE, lw=2)
-    ax.barh([0], [0], color=BLUE, label="raised by this stage")
-    ax.barh([0], [0], color=SKY, label="measured, not raised")
-    ax.plot([], [], color=ORANGE, lw=2, label="baseline")
+    meaning = {"raised by this stage": BLUE, "measured, not raised": SKY, "baseline": ORANGE}
+    for label, colour in meaning.items():
+        ax.barh(0, 0, color=colour, label=label)
     ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01))
     ax.set_xticks([x + width / 2 for x in range(len(columns))], columns)
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlim=(-0.05, len(columns)), ylim=(len(rows) - 0.4, -0.6))
-    ax.tick_params(length=0, top=False, labeltop=True, labelbottom=False)
-    ax.spines[:].set_visible(False)
-    ax.grid(False)
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
     return figure
