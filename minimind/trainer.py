@@ -24,21 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-<<<<<<< HEAD
 from minimind import checkpoint, distributed
-=======
-from minimind import distributed
-from minimind.checkpoint import (
-    load_model,
-    load_sidecar,
-    load_state,
-    newest_resume,
-    save_weight,
-    starting_weight,
-    weight_path,
-    write_resume,
-)
->>>>>>> full26
 from minimind.compiling import compile_blocks
 from minimind.config import ModelConfig, TrainConfig, stage_config
 from minimind.corpus import source_sha256
@@ -48,12 +34,8 @@ from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
-<<<<<<< HEAD
-from minimind.stages import NEEDS, STAGES
-from minimind.stages.pretrain import count_labels
-=======
 from minimind.stages import NEEDS, STAGES, TOKENIZERS
->>>>>>> full26
+from minimind.stages.pretrain import count_labels
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, postfix, start_trackers
@@ -439,14 +421,8 @@ def starting_point(stage: str, config: TrainConfig) -> tuple[MiniMind, Tokenizer
     tokenizer = starting_tokenizer(stage, config)
     if config.from_weight == "none":
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
-<<<<<<< HEAD
     path = checkpoint.starting_weight(config)
     model, sidecar = checkpoint.load_model(path)
-    tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
-=======
-    path = starting_weight(config)
-    model, sidecar = load_model(path)
->>>>>>> full26
     check_shape(model.config, config, path)
     return model, tokenizer, sidecar["stages"]
 
@@ -457,7 +433,7 @@ def starting_tokenizer(stage: str, config: TrainConfig) -> Tokenizer:
     UserError if there is none of them.
     """
     if config.from_weight != "none":
-        sidecar = load_sidecar(starting_weight(config))
+        sidecar = checkpoint.load_sidecar(checkpoint.starting_weight(config))
         return Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
     if not config.tokenizer_path and stage in TOKENIZERS:
         return TOKENIZERS[stage](config)
