@@ -16,6 +16,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,10 +42,13 @@ def write_atomically(
     Raises:
         UserError: the disk is full or the folder cannot be written; an older file stays as it was.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        with open(
+            partial, "xb"
+        ) as file:  # a new file: never through a link that somebody put there
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -52,7 +56,8 @@ def write_atomically(
             os.replace(path, keep)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps "no space left" in RuntimeError
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise UserError(
             f"Could not write {path}: {error}. What was there before is unharmed. Free some space "
             "or choose another out_dir."
@@ -122,13 +127,18 @@ def newest_resume(path: Path) -> tuple[dict, Path] | None:
 def read_tensors(path: Path) -> dict:
     """Return what `torch.save` wrote, numbers only. UserError if the file is damaged.
 
-    The file is a zip archive with a checksum for each tensor, which `torch.load` does not look at.
+    The file is a zip archive with a checksum for each tensor, which `torch.load` does not look at,
+    and nothing in it is compressed: what is read takes no more memory than the file has bytes.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if wrong := archive.testzip():
-                    raise ValueError(f"the checksum of {wrong} is wrong")
+        with zipfile.ZipFile(path) as archive:
+            size, records = path.stat().st_size, archive.infolist()
+            if any(record.compress_type for record in records):
+                raise ValueError("it is compressed, which torch.save never does")
+            if sum(record.file_size for record in records) > size:
+                raise ValueError(f"its records claim more than its {size} bytes")
+            if wrong := archive.testzip():
+                raise ValueError(f"the checksum of {wrong} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: zip, pickle, EOF, runtime
         reason = str(error).split("\n")[0][:200]
@@ -208,15 +218,21 @@ def build(config: ModelConfig, state: dict[str, Tensor], source: object) -> Mini
 
 
 def check_tensors(state: object, source: object) -> None:
-    """UserError unless `state` holds named, dense numbers, each really stored in the file."""
+    """UserError unless `state` holds named, dense numbers, all of them really stored.
+
+    Views of one storage would let a small file make a large model; only tied embeddings may share.
+    """
     for name, tensor in state.items() if isinstance(state, dict) else [("it", state)]:
         plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point()
         if not plain or tensor.layout != torch.strided:
             raise UserError(f"{source} is no weight: {name!r} is not a tensor of numbers.")
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-            raise UserError(
-                f"{source}: {name} claims the shape {tuple(tensor.shape)} and stores less. Do not use it."
-            )
+    claimed = sum(tensor.nbytes for name, tensor in state.items() if name != "lm_head.weight")
+    storages = [tensor.untyped_storage() for tensor in state.values()]
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > stored:
+        raise UserError(
+            f"{source} stores less than its tensors claim: {stored:,} bytes for {claimed:,}. Do not use it."
+        )
 
 
 def load_sidecar(path: Path) -> dict:
@@ -224,14 +240,29 @@ def load_sidecar(path: Path) -> dict:
     file = path.with_suffix(".json")
     try:
         sidecar = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(sidecar, dict) or not {"config", "tokenizer", "stages"} <= sidecar.keys():
-            raise ValueError("it has no config, tokenizer or stages")
+        if not _is_sidecar(sidecar):
+            raise ValueError("its config, tokenizer, stages or lora is missing or of another kind")
         return sidecar
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} needs its config and tokenizer in {file}, which cannot be read ({error}). "
             "Copy both files together."
         ) from error
+
+
+def _is_object(found: object, **kinds: type) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(k), kinds[k]) for k in kinds)
+
+
+def _is_sidecar(found: object) -> bool:
+    if not _is_object(found, config=dict, tokenizer=dict, stages=list):
+        return False
+    stages = [
+        _is_object({"settings": {}, **stage}, stage=str, settings=dict) for stage in found["stages"]
+    ]
+    matrices = {"r": int, "alpha": int | float, "target_modules": list}
+    lora = {**matrices, "base_weight": str, "base_sha256": str}
+    return all(stages) and ("lora" not in found or _is_object(found["lora"], **lora))
 
 
 def find_weight(weight: str, out_dir: str | Path = "out") -> Path:
@@ -298,27 +329,40 @@ def load(weight: str, out_dir: str | Path = "out") -> tuple[MiniMind, Tokenizer]
     return model.eval(), Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
 
 
-def load_model(path: Path) -> tuple[MiniMind, dict]:
-    """Return the model of a weight file and its sidecar; an adapter comes merged into its base."""
+def load_model(path: Path, adapters: tuple[Path, ...] = ()) -> tuple[MiniMind, dict]:
+    """Return the model of a weight file and its sidecar; an adapter comes merged into its base.
+
+    Args:
+        adapters: what this weight is the base of, so that none is its own.
+    """
     sidecar = load_sidecar(path)
     if "lora" in sidecar:
-        return load_adapted(path, sidecar["lora"]), sidecar
+        return load_adapted(path, sidecar["lora"], adapters), sidecar
     state = read_tensors(path)
+    check_tensors(state, path)
     score = state.pop("score.weight", None)  # what makes a reward model of it
     model = build(ModelConfig.from_dict(sidecar["config"], path), state, path)
     if score is not None:
-        model.score = nn.Linear(*reversed(score.shape), bias=False)
-        model.score.weight.data.copy_(score)
+        model.score = nn.Linear(model.config.hidden_size, 1, bias=False)
+        load_state(model.score, {"weight": score}, f"score.weight of {path}")
     return model, sidecar
 
 
-def load_adapted(path: Path, lora: dict) -> MiniMind:
+def load_adapted(path: Path, lora: dict, adapters: tuple[Path, ...]) -> MiniMind:
     """Return the base that an adapter names, with the adapter merged into it.
 
     Raises:
-        UserError: the base is missing or is not the one that the adapter was trained on.
+        UserError: the base is missing or is not the one that the adapter was trained on; or the
+            matrices have another rank than the adapter says.
     """
-    base = path.parent / lora["base_weight"]
+    base, state = path.parent / lora["base_weight"], read_tensors(path)
+    check_tensors(state, path)
+    if path.resolve() in adapters:
+        raise UserError(f"{path} is an adapter to itself. Copy the weight and its .json again.")
+    if not state or any(lora["r"] not in tensor.shape for tensor in state.values()):
+        raise UserError(
+            f"{path} does not fit this model: r={lora['r']} is not the rank of its matrices."
+        )
     if not base.is_file():
         raise UserError(
             f"{path} is an adapter; its base weight {base} is missing. "
@@ -329,9 +373,9 @@ def load_adapted(path: Path, lora: dict) -> MiniMind:
             f"{path} was trained on another {base} than the one that is there now. Train the "
             f"adapter again. {how_to_make(path.stem.rpartition('_')[0], path.parent)}"
         )
-    model, _ = load_model(base)
+    model, _ = load_model(base, (*adapters, path.resolve()))
     add_lora(model, lora["r"], lora["alpha"], lora["target_modules"])
-    load_lora(model, read_tensors(path), path)
+    load_lora(model, state, path)
     return merge_lora(model)
 
 

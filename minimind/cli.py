@@ -36,6 +36,7 @@ from minimind.model import MiniMind
 from minimind.scoring import (
     bits_per_byte_of,
     choice_logps,
+    mean_nats,
     perplexity_of,
     read_questions,
     read_text,
@@ -257,13 +258,16 @@ def score_text(args: Eval, model: MiniMind, tokenizer: Tokenizer) -> None:
     text = read_text(args.text_path)
     trained = args.yarn_from or trained_length(args.weight, folder_of(args.preset, args.out_dir))
     length = args.length or int((trained or 512) * max(1, args.yarn_factor))
-    nats = text_nats(model, tokenizer, text, length)
-    bytes_, tokens = len(text.encode()), int((~nats.isnan()).sum())
+    nats, there = text_nats(model, tokenizer, text, length)
+    bytes_, tokens = len(text.encode()), int(there.sum())
     print(f"\n{args.text_path}: {bytes_:,} bytes, {tokens:,} tokens in windows of {length}")
-    print(f"perplexity per token   {perplexity_of(nats):9.3f}   (depends on the tokenizer)")
+    print(f"perplexity per token   {perplexity_of(nats, there):9.3f}   (depends on the tokenizer)")
     print(f"bits per byte          {bits_per_byte_of(nats, text):9.3f}   (does not)")
-    if 0 < trained < length:
-        near, far = float(nats[:, :trained].nanmean()), float(nats[:, trained:].nanmean())
+    if 0 < trained < length and there[:, trained:].any():
+        near, far = (
+            mean_nats(nats[:, part], there[:, part])
+            for part in (slice(trained), slice(trained, None))
+        )
         where = f"in the first {trained} of a window, {far:.3f} beyond"
         print(f"loss per token         {near:9.3f}   {where}")
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind.checkpoint import write_atomically
 from minimind.config import ModelConfig
 from minimind.errors import UserError, needed
 from minimind.interop import CHAT_TEMPLATE, export_state, family
@@ -49,28 +51,24 @@ def write_gguf(model: MiniMind, tokenizer: Tokenizer, path: str | Path) -> Path:
     if not model.config.norm_topk_prob and model.config.use_moe:
         raise UserError("llama.cpp always normalises the chosen experts' weights; this model not.")
     gguf, path = needed("gguf", "gguf"), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    architecture = _ARCHITECTURE[family(model.config)]
-    partial = path.with_name(path.name + ".partial")
-    writer = gguf.GGUFWriter(partial, architecture)
+    writer = gguf.GGUFWriter(None, _ARCHITECTURE[family(model.config)])
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _write_shape(writer, gguf, model.config)
     _write_tokenizer(writer, gguf, tokenizer, model.config.vocab_size)
     for name, tensor in gguf_tensors(model).items():
         writer.add_tensor(name, tensor)
+    write_atomically(path, lambda file: _write_to(writer, file.name))
+    return path
+
+
+def _write_to(writer: Any, name: str) -> None:
     try:
-        writer.write_header_to_file()
+        writer.write_header_to_file(Path(name))
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    finally:
         writer.close()
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"Could not write {path}: {error}. Free space, or choose another."
-        ) from error
-    return path
 
 
 def _write_shape(writer: Any, gguf: Any, config: ModelConfig) -> None:
@@ -203,6 +201,8 @@ def open_gguf(path: str | Path) -> Any:
     settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    settings.chat_template = CHAT_TEMPLATE  # the file's own, a program, is never run
+    settings.api_keys = [secrets.token_urlsafe()]  # its HTTP server answers nobody
     settings.reasoning_format = llama.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
     try:
         return llama.Server(settings)

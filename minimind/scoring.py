@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.data import IGNORED, pad_batch, read_jsonl
+from minimind.data import IGNORED, Batch, pad_batch, read_jsonl
 from minimind.errors import UserError
 from minimind.losses import token_logps
 from minimind.model import MiniMind
@@ -39,33 +40,56 @@ def read_text(path: str | Path) -> str:
 
 
 @torch.no_grad()
-def text_nats(model: MiniMind, tokenizer: Tokenizer, text: str, length: int) -> Tensor:
-    """Return -ln p of every token of a text, (windows, length), NaN after the text's end.
+def text_nats(
+    model: MiniMind, tokenizer: Tokenizer, text: str, length: int
+) -> tuple[Tensor, Tensor]:
+    """Return -ln p of every token of a text, and where there are tokens: both (windows, length).
 
     The text starts after `<|endoftext|>` and is cut into windows of `length` predictions; each
-    window sees only itself, so column t is the loss with t + 1 tokens of context.
+    window sees only itself, so column t is the loss with t + 1 tokens of context. The last window
+    has no tokens after the text's end; -ln p is 0 there.
+
+    Raises:
+        UserError: a length below 1, or a loss that is not finite.
     """
+    if length < 1:
+        raise UserError(f"length={length} must be at least 1: the tokens of a window.")
     ids = [tokenizer.pad_id, *tokenizer.encode(text)]
     windows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
-    nats = torch.full((len(windows), length), math.nan)
+    nats = torch.zeros(len(windows), length)
+    there = torch.zeros(len(windows), length, dtype=torch.bool)
     for start in range(0, len(windows), BATCH):
         rows = windows[start : start + BATCH]
         batch = pad_batch([{"input_ids": ids, "labels": ids} for ids in rows], tokenizer.pad_id)
-        labels = batch["labels"].to(model.device)
-        loss = -token_logps(model(batch["input_ids"].to(model.device)), labels)
-        loss = loss.masked_fill(labels[:, 1:] == IGNORED, math.nan)
-        nats[start : start + len(rows), : loss.shape[1]] = loss.cpu()
-    return nats
+        logps, labels = _logps(model, batch), batch["labels"][:, 1:]
+        nats[start : start + len(rows), : labels.shape[1]] = -logps
+        there[start : start + len(rows), : labels.shape[1]] = labels != IGNORED
+    return nats, there
+
+
+def _logps(model: MiniMind, batch: Batch) -> Tensor:
+    """Return ln p of the labels, (B, T - 1), 0 where there are none. UserError if one is not finite."""
+    logps = token_logps(
+        model(batch["input_ids"].to(model.device)), batch["labels"].to(model.device)
+    ).cpu()
+    if not logps.isfinite().all():
+        raise UserError("The model's loss is not finite: its weights are damaged, or it diverged.")
+    return logps
 
 
 def bits_per_byte_of(nats: Tensor, text: str) -> float:
     """Return the bits for each byte of UTF-8, from `text_nats`: comparable between tokenizers."""
-    return float(nats.double().nansum()) / math.log(2) / len(text.encode("utf-8"))
+    return float(nats.double().sum()) / math.log(2) / len(text.encode("utf-8"))
 
 
-def perplexity_of(nats: Tensor) -> float:
+def mean_nats(nats: Tensor, there: Tensor) -> float:
+    """Return the mean loss per token, from `text_nats` or some columns of it."""
+    return float(nats.double().sum() / there.sum())
+
+
+def perplexity_of(nats: Tensor, there: Tensor) -> float:
     """Return e to the mean loss per token: comparable for one tokenizer only."""
-    return math.exp(float(nats.double().nanmean()))
+    return float(np.exp(mean_nats(nats, there)))
 
 
 @dataclass
@@ -166,6 +190,9 @@ def choice_logps(
 
     As plain text the question follows `<|endoftext|>` and the choice follows a space; as chat the
     question is the user's turn and the choice the assistant's, its `<|im_end|>` included.
+
+    Raises:
+        UserError: a loss that is not finite.
     """
     texts = [(q.question, choice) for q in questions for choice in q.choices]
     pairs = [_encode(tokenizer, *text, as_chat) for text in texts]
@@ -176,9 +203,7 @@ def choice_logps(
         found = [pairs[place] for place in places]
         rows = [{"input_ids": p + c, "labels": [IGNORED] * len(p) + c} for p, c in found]
         batch = pad_batch(rows, tokenizer.pad_id)
-        logits = model(batch["input_ids"].to(model.device))
-        sums = token_logps(logits, batch["labels"].to(model.device)).sum(1)
-        for place, value in zip(places, sums.tolist(), strict=True):
+        for place, value in zip(places, _logps(model, batch).sum(1).tolist(), strict=True):
             logps[place] = value
     values = iter(logps)
     return [[next(values) for _ in question.choices] for question in questions]

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import uvicorn
@@ -40,10 +41,12 @@ MAX_OPEN = 64  # answers in the making
 
 STATUS = {"model_not_found": 404, "rate_limit_exceeded": 429, "body_too_large": 413, "forbidden_host": 403,
           "internal_error": 500}  # fmt: skip
-# Parameters that would change the answer and are not computed here, with the values that change nothing.
-UNSUPPORTED: dict[str, tuple] = {
-    "n": (1,), "stop": ([], ""), "tools": ([],), "functions": ([],), "logprobs": (False,), "logit_bias": ({},),
-    "response_format": ({"type": "text"},), "frequency_penalty": (0,), "presence_penalty": (0,),
+# Any other parameter might change the answer, so it is refused unless it has a value that does not.
+HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+UNCHANGED: dict[str, tuple] = {
+    "n": (1,), "best_of": (1,), "stop": ([], ""), "tools": ([],), "functions": ([],), "logprobs": (False,),
+    "logit_bias": ({},), "response_format": ({"type": "text"},), "frequency_penalty": (0,), "presence_penalty": (0,),
+    "top_k": (0, -1), "min_p": (0,), "tool_choice": ("none", "auto"), "modalities": (["text"],),
 }  # fmt: skip
 
 
@@ -77,8 +80,8 @@ class Ask(BaseModel):
     messages: list[Turn] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, le=2**31)
     stream: bool = False
     stream_options: dict[str, Any] | None = None
@@ -95,9 +98,17 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """Return it as OpenAI's clients expect it."""
-        kind = "invalid_request_error" if self.status != 429 else "rate_limit_error"
+        return JSONResponse(self.content(), self.status)
+
+    def content(self) -> dict:
+        """Return OpenAI's error object."""
+        kinds = {429: "rate_limit_error", 500: "server_error"}
+        kind = kinds.get(self.status, "invalid_request_error")
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status)
+        return {"error": error}
+
+
+BROKEN = ApiError("Something here is broken; its log says what.", "internal_error")
 
 
 class Guard:
@@ -112,8 +123,13 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        host = dict(scope["headers"]).get(b"host", b"").decode("latin-1").split(":")[0]
-        if host not in (HOST, "localhost"):  # a web page that had its name point here
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "").split(":")[0]
+        page = headers.get(b"origin", f"http://{HOST}").partition("://")[2].split(":")[0]
+        if not {host, page} <= {
+            HOST,
+            "localhost",
+        }:  # a web page, perhaps with its name pointing here
             refusal = ApiError(f"This server answers to {HOST} only.", "forbidden_host")
             return await refusal.response()(scope, receive, send)
         body, size, more = b"", 0, True
@@ -147,12 +163,10 @@ class Engine:
             raise ApiError(
                 f"No model {ask.model!r}, only {self.name!r}.", "model_not_found", "model"
             )
-        for name, harmless in UNSUPPORTED.items():
-            value = (ask.model_extra or {}).get(name)
-            if value is not None and value not in harmless:
-                raise ApiError(f"{name}={value!r} is not offered.", "unsupported_parameter", name)
-        if self.open >= MAX_OPEN:
-            raise ApiError(f"{MAX_OPEN} answers are in the making.", "rate_limit_exceeded")
+        for name, value in (ask.model_extra or {}).items():
+            if value is not None and name not in HARMLESS and value not in UNCHANGED.get(name, ()):
+                words = f"{name}={value!r} is not offered."
+                raise ApiError(words[:500], "unsupported_parameter", name)
         messages = [message.plain() for message in ask.messages]
         prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True)
         asked, room = ask.max_completion_tokens or ask.max_tokens, self.context - len(prompt)
@@ -162,29 +176,45 @@ class Engine:
             raise ApiError(f"{sizes} {limit}", "context_length_exceeded", "messages")
         return prompt, asked or min(DEFAULT_TOKENS, room)
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of MAX_OPEN places. ApiError if there is none."""
+        if self.open >= MAX_OPEN:
+            raise ApiError(f"{MAX_OPEN} answers are in the making.", "rate_limit_exceeded")
+        self.open += 1
+        try:
+            yield
+        finally:
+            self.open -= 1
+
     async def answer(
         self, ask: Ask, prompt: list[int], length: int
     ) -> AsyncIterator[tuple[str, list[int]]]:
         """Yield (new text, all ids so far), a token at a time; half a character waits for its rest."""
-        sampling = {"temperature": ask.temperature, "top_p": ask.top_p, "seed": ask.seed}
+        heat, top_p = (1.0 if given is None else given for given in (ask.temperature, ask.top_p))
+        sampling = {"temperature": heat, "top_p": top_p, "seed": ask.seed}
         steps = stream(self.model, prompt, length, eos_id=self.tokenizer.eos_id, **sampling)
         ids: list[int] = []
         sent = 0
-        self.open += 1
+        while True:
+            async with self.turn:  # asyncio's lock is fair
+                token = await run_in_threadpool(self.next_token, steps)
+            if token is not None:
+                ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if token is None or not text.endswith("\ufffd"):
+                yield text[sent:], ids
+                sent = len(text)
+            if token is None:
+                return
+
+    def next_token(self, steps: Iterator[int]) -> int | None:
+        """Return the next id, or None at the end. ApiError if the model cannot make it."""
         try:
-            while True:
-                async with self.turn:  # asyncio's lock is fair
-                    token = await run_in_threadpool(next, steps, None)
-                if token is not None:
-                    ids.append(token)
-                text = self.tokenizer.decode(ids)
-                if token is None or not text.endswith("\ufffd"):
-                    yield text[sent:], ids
-                    sent = len(text)
-                if token is None:
-                    return
-        finally:
-            self.open -= 1
+            return next(steps, None)
+        except Exception as error:
+            logging.getLogger("uvicorn.error").exception("An answer broke off.")
+            raise BROKEN from error
 
     def reason(self, ids: list[int]) -> str:
         """Return why an answer ended."""
@@ -198,11 +228,16 @@ def usage(prompt: list[int], ids: list[int]) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": total}
 
 
-async def whole_answer(engine: Engine, ask: Ask, prompt: list[int], length: int) -> dict:
-    """Return a chat.completion object."""
+async def whole_answer(
+    engine: Engine, ask: Ask, prompt: list[int], length: int, request: Request
+) -> dict:
+    """Return a chat.completion object; nobody hears it, and it stops, if the client has gone."""
     text, ids = "", []
-    async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
-        text += piece
+    with engine.place():
+        async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
+            text += piece
+            if await request.is_disconnected():
+                break
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": engine.reason(ids)}
     return {**heading(engine, "chat.completion"), "choices": [choice], "usage": usage(prompt, ids)}
@@ -211,21 +246,41 @@ async def whole_answer(engine: Engine, ask: Ask, prompt: list[int], length: int)
 async def event_stream(
     engine: Engine, ask: Ask, prompt: list[int], length: int
 ) -> AsyncIterator[str]:
-    """Yield server-sent events: chunks, the last with the reason it ended, then [DONE]."""
+    """Yield server-sent events: chunks, the last with the reason it ended, then [DONE].
+
+    What breaks on the way is an event too, and the last one.
+    """
     head, ids = heading(engine, "chat.completion.chunk"), []
 
     def event(delta: dict, reason: str | None = None) -> str:
         choices = [{"index": 0, "delta": delta, "finish_reason": reason}]
         return f"data: {json.dumps({**head, 'choices': choices})}\n\n"
 
-    yield event({"role": "assistant", "content": ""})
-    async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
-        if piece:
-            yield event({"content": piece})
+    with engine.place():
+        yield event({"role": "assistant", "content": ""})
+        try:
+            async for piece, ids in engine.answer(ask, prompt, length):  # noqa: B007
+                if piece:
+                    yield event({"content": piece})
+        except ApiError as error:
+            yield f"data: {json.dumps(error.content())}\n\n"
+            return
     yield event({}, engine.reason(ids))
     if (ask.stream_options or {}).get("include_usage"):
         yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage(prompt, ids)})}\n\n"
     yield "data: [DONE]\n\n"
+
+
+async def begun(events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Return the same events, the first of them made: it has its place, or was refused one."""
+    first = await anext(events)
+
+    async def all_of_them() -> AsyncIterator[str]:
+        yield first
+        async for event in events:
+            yield event
+
+    return all_of_them()
 
 
 def heading(engine: Engine, kind: str) -> dict:
@@ -246,12 +301,12 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
         return {"object": "list", "data": [card]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def completions(ask: Ask) -> dict | StreamingResponse:
+    async def completions(ask: Ask, request: Request) -> dict | StreamingResponse:
         prompt, length = engine.prepare(ask)
         if ask.stream:
-            events = event_stream(engine, ask, prompt, length)
+            events = await begun(event_stream(engine, ask, prompt, length))
             return StreamingResponse(events, media_type="text/event-stream")
-        return await whole_answer(engine, ask, prompt, length)
+        return await whole_answer(engine, ask, prompt, length, request)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> JSONResponse:
@@ -274,7 +329,7 @@ def make_app(model: MiniMind, tokenizer: Tokenizer, name: str) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:
-        return ApiError("Something here is broken; its log says what.", "internal_error").response()
+        return BROKEN.response()
 
     return app
 

@@ -42,6 +42,23 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["weight.pth"]
 
 
+def test_a_planted_link_is_not_written_through(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/weight.pth.partial").symlink_to(victim)
+    write_atomically(tmp_path / "out/weight.pth", lambda file: file.write(b"numbers"))
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "out/weight.pth").read_bytes() == b"numbers"
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(UserError, match=r"Could not write .*out/weight.pth"):
+        write_atomically(tmp_path / "out/weight.pth", lambda file: file.write(b"numbers"))
+
+
 def test_a_weight_comes_back_as_it_was(tmp_path, small_model, tokenizer):
     model = small_model(vocab_size=tokenizer.vocab_size, qk_norm=True)
     save_weight(tmp_path / "full_sft_64.pth", model, tokenizer, [{"stage": "sft"}], {"loss": 1.0})

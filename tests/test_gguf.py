@@ -2,6 +2,9 @@
 
 import json
 import random
+import subprocess
+import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -13,6 +16,8 @@ from minimind.config import data_samples
 from minimind.data import check_conversation, read_jsonl
 from minimind.gguf import gguf_chat, interleave, open_gguf, pre_tokenizer, write_gguf
 
+HALF = "\ufffd"  # of a character, which llama.cpp keeps for itself
+KEY = "known to the tests alone"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 KINDS = {
     "llama": {},
@@ -51,12 +56,16 @@ def served(tokenizer, tmp_path_factory):
     model = minimind.MiniMind(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.1) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
-    return model, llama_cpp(model, tokenizer, tmp_path_factory.mktemp("gguf"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secrets.token_urlsafe", lambda: KEY)
+        return model, llama_cpp(model, tokenizer, tmp_path_factory.mktemp("gguf"))
 
 
-def post(server, path, body):
-    content, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.listening_address + path, content, kind)
+def post(server, path, body, key=KEY):
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(
+        server.listening_address + path, json.dumps(body).encode(), headers
+    )
     return json.loads(urllib.request.urlopen(request, timeout=20).read())
 
 
@@ -87,6 +96,45 @@ def test_greedy_chat_is_equal(served, tokenizer):
         messages = [{"role": "user", "content": text}]
         ours = minimind.chat(model, tokenizer, messages, max_new_tokens=12)
         assert gguf_chat(server, messages, max_new_tokens=12) == ours
+
+
+def test_nobody_else_can_talk_to_the_server_of_llama_cpp(small_model, tokenizer, tmp_path):
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    servers = [llama_cpp(model, tokenizer, tmp_path) for _ in range(2)]
+    for path in ("/tokenize", "/v1/chat/completions", "/completion"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(servers[0], path, {"content": "a", "prompt": "a"}, key="")
+    assert gguf_chat(servers[0], [{"role": "user", "content": "a"}], 3)
+
+
+HOSTILE = """
+import gguf, sys
+from minimind.gguf import gguf_chat, open_gguf
+template = gguf.GGUFReader(sys.argv[1]).fields["tokenizer.chat_template"].contents()
+assert template.startswith("{% for a in range(100000) %}")
+print(repr(gguf_chat(open_gguf(sys.argv[1]), [{"role": "user", "content": "Hello!"}], 8)))
+"""
+
+
+def test_a_template_in_the_file_is_not_run(small_model, tokenizer, tmp_path, monkeypatch):
+    nested = "{% for a in range(100000) %}" * 2 + "{% endfor %}" * 2
+    monkeypatch.setattr("minimind.gguf.CHAT_TEMPLATE", nested)
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    path = write_gguf(model, tokenizer, tmp_path / "model.gguf")
+    arguments = [sys.executable, "-c", HOSTILE, str(path)]
+    said = subprocess.check_output(arguments, timeout=60, text=True)
+    ours = minimind.chat(model, tokenizer, [{"role": "user", "content": "Hello!"}], 8)
+    assert said == f"{ours.rstrip(HALF)!r}\n"
+
+
+def test_a_planted_link_is_not_written_through(small_model, tokenizer, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "model.gguf.partial").symlink_to(tmp_path / "victim")
+    write_gguf(small_model(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "model.gguf")
+    assert (tmp_path / "victim").read_text() == "precious"
+    with pytest.raises(UserError, match="Could not write"):
+        model = small_model(vocab_size=tokenizer.vocab_size)
+        write_gguf(model, tokenizer, tmp_path / "victim/model.gguf")
 
 
 def test_neighbours_of_llama_are_our_halves():

@@ -1,6 +1,9 @@
 """Ways in and out: the same numbers in transformers, upstream's files in, strangers' files refused."""
 
+import contextlib
+import copy
 import json
+import zipfile
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import minimind
 from minimind import MiniMind, ModelConfig, UserError
-from minimind.checkpoint import save_weight
+from minimind.checkpoint import fingerprint, save_weight
 from minimind.interop import import_hf, load_upstream, stretch, trained_length, write_hf
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -239,6 +242,90 @@ def test_tensors_that_claim_more_than_they_store(small_model, tmp_path):
     assert (tmp_path / "x.pth").stat().st_size < 10**6
     with pytest.raises(UserError, match="stores less"):
         minimind.load(tmp_path / "x.pth")
+
+
+def rewritten(path, change=lambda name, content: content, compress=zipfile.ZIP_STORED, times=1):
+    """The archive of a weight with its records changed, compressed, or listed several times over."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compress) as archive:
+        for name, content in records:
+            archive.writestr(name, change(name, content))
+        for entry in list(archive.filelist) * (times - 1):
+            again = copy.copy(entry)
+            again.filename = f"{entry.filename}{len(archive.filelist)}"
+            archive.filelist.append(again)
+            archive._didModify = True
+
+
+def shared(path):
+    state, rows = torch.load(path), torch.randn(192, 64)
+    for number in range(3):
+        state[f"model.layers.{number}.self_attn.q_proj.weight"] = rows[:64]
+        state[f"model.layers.{number}.mlp.up_proj.weight"] = rows
+        state[f"model.layers.{number}.mlp.gate_proj.weight"] = rows
+    torch.save(state, path)
+
+
+HOSTILE_WEIGHTS = {
+    "compressed": (lambda path: rewritten(path, compress=zipfile.ZIP_DEFLATED), "compressed"),
+    "records many times over": (lambda path: rewritten(path, times=50), "claim more"),
+    "a record cut short": (lambda path: rewritten(path, lambda name, c: c[:8] if name.endswith("/data/0") else c), "cannot be read"),
+    "the format before 2020": (lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False), "not a zip file"),
+    "one storage for all": (shared, "stores less"),
+    "a list": (lambda path: torch.save([1], path), "no weight"),
+    "a score of another shape": (lambda path: torch.save({**torch.load(path), "score.weight": torch.ones(3)}, path), "score.weight"),
+    "a score of words": (lambda path: torch.save({**torch.load(path), "score.weight": "high"}, path), "score.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, words", HOSTILE_WEIGHTS.values(), ids=HOSTILE_WEIGHTS)
+def test_hostile_weights(damage, words, model_of, tokenizer, tmp_path):
+    path = tmp_path / "full_sft_64.pth"
+    save_weight(path, model_of("llama"), tokenizer, [], {})
+    damage(path)
+    with pytest.raises(UserError, match=words):
+        minimind.load(path)
+
+
+ADAPTER = {
+    "r": 2,
+    "alpha": 4,
+    "target_modules": ["q_proj"],
+    "base_weight": "base_64.pth",
+    "base_sha256": "0",
+}
+HOSTILE_SIDECARS = {
+    "a config that is none": ({"config": [1]}, "of another kind"),
+    "no tokenizer": ({"tokenizer": "x"}, "of another kind"),
+    "stages of numbers": ({"stages": [1, 2]}, "cannot be read"),
+    "stages that are none": ({"stages": 7}, "cannot be read"),
+    "a stage without a name": ({"stages": [{}]}, "of another kind"),
+    "settings that are none": ({"stages": [{"stage": "sft", "settings": 7}]}, "of another kind"),
+    "an adapter that is none": ({"lora": 3}, "of another kind"),
+    "half an adapter": ({"lora": {"r": 2}}, "of another kind"),
+    "a rank of a billion": ({"lora": {**ADAPTER, "r": 10**9}}, "r=1000000000"),
+    "a rank of words": ({"lora": {**ADAPTER, "r": "8"}}, "of another kind"),
+    "a base that is a device": ({"lora": {**ADAPTER, "base_weight": "/dev/zero"}}, "is missing"),
+    "its own base": ({"lora": {**ADAPTER, "base_weight": "full_sft_64.pth"}}, "an adapter to itself"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, words", HOSTILE_SIDECARS.values(), ids=HOSTILE_SIDECARS)
+def test_hostile_sidecars(change, words, model_of, tokenizer, tmp_path, capsys):
+    path = tmp_path / "full_sft_64.pth"
+    save_weight(path, model_of("llama"), tokenizer, [], {})
+    if "lora" in change:
+        matrices = {"lora_A.weight": torch.ones(2, 64), "lora_B.weight": torch.ones(64, 2)}
+        torch.save({f"model.layers.0.self_attn.q_proj.{n}": t for n, t in matrices.items()}, path)
+    sidecar = {**json.loads(path.with_suffix(".json").read_text()), **change}
+    if isinstance(sidecar.get("lora"), dict) and path.name in sidecar["lora"].values():
+        sidecar["lora"]["base_sha256"] = fingerprint(path)
+    path.with_suffix(".json").write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match=words):
+        minimind.load(path)
+    with contextlib.suppress(UserError):  # nor do these stumble
+        trained_length(str(path))
 
 
 def test_a_folder_with_code_and_paths_stays_in_its_folder(model_of, tokenizer, tmp_path):

@@ -27,17 +27,19 @@ TEXT = "The otter of Quin is 12, 你好. " * 7
 def test_a_text_is_scored_in_windows_that_see_themselves_only(small_model, tokenizer):
     model = small_model(vocab_size=tokenizer.vocab_size)
     ids = [tokenizer.pad_id, *tokenizer.encode(TEXT)]
-    nats, expected = text_nats(model, tokenizer, TEXT, 10), []
+    (nats, there), expected = text_nats(model, tokenizer, TEXT, 10), []
     for start in range(0, len(ids) - 1, 10):
         window = torch.tensor(ids[start : start + 11])[None]
         logps = model(window[:, :-1]).log_softmax(-1)[0]
         expected += [-float(logps[t, i]) for t, i in enumerate(window[0, 1:])]
-    assert len(expected) == len(ids) - 1 and int((~nats.isnan()).sum()) == len(expected)
-    torch.testing.assert_close(nats[~nats.isnan()], torch.tensor(expected), atol=1e-4, rtol=0)
+    assert len(expected) == len(ids) - 1 and int(there.sum()) == len(expected)
+    torch.testing.assert_close(nats[there], torch.tensor(expected), atol=1e-4, rtol=0)
     assert bits_per_byte_of(nats, TEXT) == pytest.approx(
         sum(expected) / math.log(2) / len(TEXT.encode())
     )
-    assert perplexity_of(nats) == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)
+    assert perplexity_of(nats, there) == pytest.approx(
+        math.exp(sum(expected) / len(expected)), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("as_chat", [False, True])
@@ -64,12 +66,27 @@ def test_a_choice_is_scored_by_its_own_tokens(as_chat, small_model, tokenizer):
             assert value == pytest.approx(by_hand, abs=1e-4)
 
 
+@pytest.mark.parametrize("damage", [math.nan, math.inf])
+def test_a_broken_model_has_no_score(damage, small_model, tokenizer):
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    model.model.norm.weight.data[3] = damage
+    with pytest.raises(UserError, match="not finite"):
+        text_nats(model, tokenizer, TEXT, 10)
+    with pytest.raises(UserError, match="not finite"):
+        choice_logps(model, tokenizer, [Question("a", ["b", "c"], 0)])
+
+
 def test_per_byte_keeps_short_choices_from_winning_by_their_length():
     questions = [Question("?", ["ab", "abcdefgh"], 1), Question("?", ["a", "b", "c", "d"], 2)]
     logps = [[-3.0, -4.0], [-1.0, -2.0, -3.0, -4.0]]
     assert score_choices(questions, logps, per_byte=False).right == 0
     score = score_choices(questions, logps, per_byte=True)
     assert (score.right, score.questions, score.chance) == (1, 2, 0.375)
+
+
+def test_a_window_holds_a_token(small_model, tokenizer):
+    with pytest.raises(UserError, match="length=-5"):
+        text_nats(small_model(vocab_size=tokenizer.vocab_size), tokenizer, TEXT, -5)
 
 
 def test_wilsons_interval():

@@ -6,6 +6,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 
 import openai
 import pytest
@@ -107,19 +108,83 @@ def test_32_streams_at_once(model, tokenizer, url):
         answer = await client.chat.completions.create(
             model="tiny", messages=messages, max_tokens=10, temperature=0, stream=True
         )
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+        parts = [(time.perf_counter(), c.choices[0].delta.content) async for c in answer]
+        return [(moment, words) for moment, words in parts if words]
 
     async def everyone():
         async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
             return await asyncio.gather(*(one(client, messages) for messages in chats))
 
-    assert asyncio.run(everyone()) == [minimind.chat(model, tokenizer, m, 10) for m in chats]
+    found = asyncio.run(everyone())
+    texts = ["".join(words for _, words in parts) for parts in found]
+    assert texts == [minimind.chat(model, tokenizer, m, 10) for m in chats]
+    assert max(parts[0][0] for parts in found) < min(
+        parts[-1][0] for parts in found
+    )  # side by side
 
 
-def send(url, body, **headers):
+def test_a_full_house_refuses_and_opens_again(tokenizer, url, monkeypatch):
+    go_on = threading.Event()
+
+    def waiting(*_, **__):
+        go_on.wait(20)
+        yield tokenizer.eos_id
+
+    async def everyone():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            ask = partial(
+                client.chat.completions.create, model="tiny", messages=HELLO, max_tokens=1
+            )
+            asked = [ask(stream=True) for _ in range(serve.MAX_OPEN + 8)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            refused = [a for a in answers if isinstance(a, openai.RateLimitError)]
+            assert len(refused) == 8 and refused[0].body["code"] == "rate_limit_exceeded"
+            go_on.set()
+            streams = [a for a in answers if not isinstance(a, Exception)]
+            for stream_ in streams:
+                assert [chunk async for chunk in stream_][-1].choices[0].finish_reason == "stop"
+            assert (await ask()).choices[0].finish_reason == "stop"
+
+    monkeypatch.setattr(serve, "stream", waiting)
+    asyncio.run(everyone())
+
+
+def test_an_answer_that_breaks_is_an_error_of_the_server(ask, monkeypatch):
+    def breaking(*_, **__):
+        yield 300
+        raise RuntimeError("a secret of this machine")
+
+    monkeypatch.setattr(serve, "stream", breaking)
+    with pytest.raises(openai.InternalServerError) as failure:
+        ask()
+    assert failure.value.body["type"] == "server_error"
+    with pytest.raises(openai.APIError) as failure:
+        list(ask(stream=True))
+    assert failure.value.body["type"] == "server_error" and "secret" not in str(failure.value)
+
+
+def test_an_answer_that_nobody_waits_for_stops(url, monkeypatch):
+    made = []
+
+    def slow(*_, **__):
+        while len(made) < 100:
+            time.sleep(0.02)
+            made.append(300)
+            yield 300
+
+    monkeypatch.setattr(serve, "stream", slow)
+    with pytest.raises(TimeoutError):
+        send(url, json.dumps({"model": "tiny", "messages": HELLO}).encode(), timeout=0.3)
+    time.sleep(0.3)
+    stopped = len(made)
+    time.sleep(0.2)
+    assert 0 < len(made) == stopped < 50
+
+
+def send(url, body, timeout=20, **headers):
     headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"{url}/chat/completions", body, headers)
-    return urllib.request.urlopen(request, timeout=20).read()
+    return urllib.request.urlopen(request, timeout=timeout).read()
 
 
 REFUSED = {
@@ -132,6 +197,11 @@ REFUSED = {
     "temperature": ({"temperature": -1}, openai.BadRequestError, "invalid_value"),
     "several answers": ({"n": 2}, openai.BadRequestError, "unsupported_parameter"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "unsupported_parameter"),
+    "a filter": ({"extra_body": {"top_k": 5}}, openai.BadRequestError, "unsupported_parameter"),
+    "a smaller filter": ({"extra_body": {"min_p": 0.1}}, openai.BadRequestError, "unsupported_parameter"),
+    "a choice": ({"extra_body": {"best_of": 3}}, openai.BadRequestError, "unsupported_parameter"),
+    "a tool that must be called": ({"tool_choice": "required"}, openai.BadRequestError, "unsupported_parameter"),
+    "a misspelt name": ({"extra_body": {"temprature": 0.1}}, openai.BadRequestError, "unsupported_parameter"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, openai.BadRequestError, "invalid_value"),
     "a long body": ({"messages": [{"role": "user", "content": "a" * (1 << 20)}]}, openai.APIStatusError, "body_too_large"),
 }  # fmt: skip
@@ -152,7 +222,8 @@ def test_refusals_are_openais(change, kind, code, ask):
     [(b"{nonsense", {}, 400, "invalid_json"), (b"[1]", {}, 400, "invalid_value"), (b"", {}, 400, "invalid_value"),
      (b"\xff\xfe", {}, 400, "invalid_json"), (b"[" * 100_000, {}, 400, "invalid_request"),
      (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', {}, 400, "invalid_value"),
-     (b'{"model": "tiny", "messages": [], "temperature": NaN}', {}, 400, "invalid_value"), (b"{}", {"Host": "evil.example"}, 403, "forbidden_host")],
+     (b'{"model": "tiny", "messages": [], "temperature": NaN}', {}, 400, "invalid_value"), (b"{}", {"Host": "evil.example"}, 403, "forbidden_host"),
+     (b"{}", {"Origin": "http://evil.example"}, 403, "forbidden_host"), (b"{}", {"Origin": "null"}, 403, "forbidden_host")],
 )  # fmt: skip
 def test_bodies_that_are_no_request(body, headers, status, code, url):
     with pytest.raises(urllib.error.HTTPError) as refusal:
@@ -161,15 +232,28 @@ def test_bodies_that_are_no_request(body, headers, status, code, url):
     assert json.loads(refusal.value.read())["error"]["code"] == code
 
 
-def test_unknown_paths_and_a_full_house(url, ask, monkeypatch):
+def test_what_changes_nothing_is_taken(ask, url):
+    plain = ask().choices[0].message.content
+    more = {
+        "top_k": 0,
+        "min_p": 0,
+        "best_of": 1,
+        "tool_choice": "none",
+        "user": "me",
+        "metadata": {},
+        "stop": None,
+    }
+    assert ask(n=1, extra_body=more).choices[0].message.content == plain
+    body = {"model": "tiny", "messages": HELLO, "temperature": None, "top_p": None, "max_tokens": 2}
+    assert send(url, json.dumps(body).encode(), Origin="http://localhost:8888")
+
+
+def test_unknown_paths(url):
     with pytest.raises(openai.NotFoundError) as refusal:
         openai.OpenAI(base_url=url, api_key="none", max_retries=0).embeddings.create(
             model="tiny", input="a"
         )
     assert refusal.value.code == "unknown_url"
-    monkeypatch.setattr(serve, "MAX_OPEN", 0)
-    with pytest.raises(openai.RateLimitError):
-        ask()
 
 
 def test_a_taken_port_is_said(url):
