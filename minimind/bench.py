@@ -296,11 +296,13 @@ def utilisation_figure(
 def card_figures(
     config: TrainConfig, vocab_size: int, repeats: int, card: str, shapes: dict[str, tuple[int, int]] = CARD_SHAPES
 ) -> list[Figure]:  # fmt: skip
-    """Measure the guide's two models, compiled if `compile` says so, against the peak of the card."""
+    """Measure speed and memory of the guide's two models, compiled if `compile` says so, beside the card's peak."""
     device, found = pick_device(config.device), []
     dtype = dtypes_here(config, device)[-1]
     peak = peak_flops(device, getattr(torch, dtype), card)
     for name, (hidden, layers) in shapes.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         settings = replace(config, hidden_size=hidden, num_hidden_layers=layers, dtype=dtype)
         model = MiniMind(model_config(settings, vocab_size)).to(device)
         if settings.compile:
@@ -310,6 +312,7 @@ def card_figures(
         speed = rows["input_ids"].numel() / seconds
         kind = "compiled" if settings.compile else "not compiled"
         found.append(Figure("card", name, speed, "tokens/s", f"{card}, {dtype}, {kind}"))
+        found.append(Figure("card", f"{name}, peak memory", peak_memory(device), "MiB"))
         found.append(utilisation_figure(name, model, settings.max_seq_len, speed, peak))
     return found
 

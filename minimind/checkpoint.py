@@ -110,7 +110,8 @@ def newest_resume(path: Path) -> tuple[dict, Path] | None:
             point = read_tensors(file)
             if damaged:
                 distributed.say(
-                    f"Warning: {damaged[0]} is damaged. Going on from the point before: {file}, step {point['step']}."
+                    f"Warning: {damaged[0]} is damaged. Going on from the point before: {file}, step "
+                    f"{point['step']}, which takes its place."
                 )
             return point, file
         except UserError:

@@ -11,17 +11,18 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from minimind import distributed
 from minimind.bench import bench, bench_generate, bench_text, machine_text, sampling_text
 from minimind.checkpoint import find_weight, load_sidecar
 from minimind.config import CONFIGS, PRESETS, PretrainConfig, TrainConfig, preset_settings
-from minimind.corpus import open_tokens, prepare, train_tokenizer
+from minimind.corpus import open_tokens, own_tokenizer, prepare
 from minimind.course import course, report_text
 from minimind.download import download
 from minimind.errors import UserError, bad_value, needed
@@ -76,7 +77,7 @@ class Prepare:
 
     data_path: str = PretrainConfig.data_path
     tokenizer_path: str = ""
-    """If empty, one of 6,400 tokens is trained on the texts and saved beside them."""
+    """If empty, one of 6,400 tokens is trained on the texts and kept beside them, for pretraining too."""
     to: str = ""
     """Where to; if empty, beside the source, ending in .tokens."""
     skip_bad_rows: int = 0
@@ -150,8 +151,8 @@ class Serve(Weight):
 class Bench(PretrainConfig):
     """Measure training side by side: ours, transformers', number formats, compiled; memory, chats, times."""
 
-    batch_size: int = 2
-    """Rows of a step; a GPU wants 32 or more."""
+    batch_size: int = field(default_factory=lambda: 32 if torch.cuda.is_available() else 2)
+    """Rows of a step: 32 on a GPU, 2 on a CPU."""
     max_seq_len: int = 512
     compile: int = 1
     """0: not compiled, which saves a minute."""
@@ -186,14 +187,11 @@ def run_download(args: Download) -> None:
 
 def run_prepare(args: Prepare) -> None:
     """Prepare; say what came of it and how to train on it."""
-    path = args.tokenizer_path or Path(args.data_path).with_suffix(".tokenizer.json")
-    if not args.tokenizer_path and not path.exists():
-        train_tokenizer(args.data_path).save(path)
-        print(f"Trained {path}. Give it to pretraining: --tokenizer_path {path}")
-    tokenizer = Tokenizer.load(path)
+    given = args.tokenizer_path
+    tokenizer = Tokenizer.load(given) if given else own_tokenizer(args.data_path)
     to = prepare(args.data_path, tokenizer, args.to, bool(args.skip_bad_rows))
     tokens, skipped = open_tokens(to, tokenizer)
-    print(f"Ready: {to}, {len(tokens):,} tokens of {path}")
+    print(f"Ready: {to}, {len(tokens):,} tokens, {tokenizer.vocab_size:,} different")
     for fault, count in skipped.items():
         print(f"{count:8,} x {fault}")
 

@@ -150,9 +150,12 @@ class TrainConfig:
             of keeping what it computed: less memory, more time, the same gradients.
         from_weight: the weight to start from, a name in out_dir or a path; "none": from nothing.
         save_weight: the name under which the trained weight is saved.
+        tokenizer_path: for a run that starts from nothing; with from_weight that weight's own is used.
+            Empty: pretraining trains one of 6,400 tokens on data_path and keeps it beside it,
+            distillation takes the teacher's.
         from_resume: 1 continues from this stage's newest whole resume point if there is one.
-        skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite and counts it;
-            0 stops with a diagnosis.
+        skip_bad_steps: 1 leaves out a step whose loss or gradient is not finite, or whose loss
+            explodes, and counts it; 0 stops with a diagnosis.
         save_interval: steps between two resume points.
         log_interval: steps between two rows of the log.
         eval_interval: steps between two measurements of the held-out loss; 0: none.
@@ -171,7 +174,7 @@ class TrainConfig:
     data_path: str = ""
     eval_data_path: str = ""
     skip_bad_rows: int = 0
-    tokenizer_path: str = "data_samples/tokenizer.json"
+    tokenizer_path: str = ""
     out_dir: str = "out"
     from_weight: str = "none"
     save_weight: str = ""
@@ -208,10 +211,9 @@ class TrainConfig:
     use_moe: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation_steps", "learning_rate", "log_interval",
-                     "save_interval", "hidden_size", "num_hidden_layers"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0.")
+        above_0(self, "epochs", "batch_size", "accumulation_steps", "learning_rate", "log_interval",
+                "save_interval", "hidden_size", "num_hidden_layers")  # fmt: skip
+        at_least(self, 0, "seed")
         if self.max_seq_len < 2:
             raise UserError(
                 f"max_seq_len={self.max_seq_len} must be at least 2: a token predicts the next."
@@ -238,6 +240,25 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "muon")
 TRACKERS = ("none", "wandb", "tensorboard", "trackio")
 NORMALIZERS = ("tokens", "weights")
+POLICY_LOSSES = ("clip", "cispo")
+TOO_SMALL_A_GROUP = (
+    "num_generations={}: an answer is compared with the others of its group. Sample at least 2 "
+    "for each prompt, or use SPO, which needs 1."
+)
+
+
+def at_least(config: TrainConfig, low: float, *names: str) -> None:
+    """UserError if one of the settings is below `low`, infinite or NaN."""
+    for name in names:
+        if not low <= getattr(config, name) < math.inf:
+            raise UserError(f"{name}={getattr(config, name)} must be a number from {low} up.")
+
+
+def above_0(config: TrainConfig, *names: str) -> None:
+    """UserError if one of the settings is 0 or below, infinite or NaN."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{name}={getattr(config, name)} must be a number above 0.")
 
 
 @dataclass
@@ -372,7 +393,7 @@ class GRPOConfig(TrainConfig):
         num_iterations: updates on the same answers; above 1 `clip_eps` limits how far they go.
         beta: weight of the distance (KL) to the weights that the run started from.
         policy_loss: "clip" as in PPO, or "cispo" (arXiv 2506.13585).
-        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        reasoning: 1 rewards the form with tags too where a reward model judges, as the guide does.
         reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
             weight of `minimind reward`; empty: the weight `reward` in out_dir.
         allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
@@ -394,6 +415,16 @@ class GRPOConfig(TrainConfig):
     reward_model_path: str = ""
     allow_remote_code: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_generations < 2:
+            raise UserError(TOO_SMALL_A_GROUP.format(self.num_generations))
+        at_least(self, 1, "max_new_tokens", "num_iterations")
+        at_least(self, 0, "beta")
+        above_0(self, "clip_eps")
+        if self.policy_loss not in POLICY_LOSSES:
+            raise bad_value("policy_loss", self.policy_loss, POLICY_LOSSES)
+
 
 @dataclass
 class SPOConfig(TrainConfig):
@@ -407,7 +438,10 @@ class SPOConfig(TrainConfig):
         beta: weight of the distance (KL) to the weights that the run started from.
         priority_epsilon: how often a problem is drawn whose outcome is certain; one whose outcome
             is open is drawn with up to 0.5 more. Far above 0.5 all are drawn alike.
-        reasoning: 1 rewards the form with tags too, as the guide does for reasoning models.
+        d_half: after a move of so many nats per token the tracker has forgotten half. For prompts
+            that come back after many steps; problems whose "kind" comes in every step want the
+            size of a step's KL, which is logged.
+        reasoning: 1 rewards the form with tags too where a reward model judges, as the guide does.
         reward_model_path: what judges problems without an "answer": a Hugging Face folder or a
             weight of `minimind reward`; empty: the weight `reward` in out_dir.
         allow_remote_code: 1 runs the code that such a folder may bring. Read it before.
@@ -423,9 +457,16 @@ class SPOConfig(TrainConfig):
     max_new_tokens: int = 1536
     beta: float = 0.02
     priority_epsilon: float = 0.05
+    d_half: float = 0.06
     reasoning: int = 1
     reward_model_path: str = ""
     allow_remote_code: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "max_new_tokens")
+        at_least(self, 0, "beta")
+        above_0(self, "priority_epsilon", "d_half")
 
 
 @dataclass
@@ -506,7 +547,7 @@ def stage_config(stage: str, preset: str = "full", **settings: object) -> TrainC
 def preset_settings(stage: str, preset: str) -> dict:
     """Return what a preset changes; the small presets run on the built-in data."""
     if preset == "full":
-        return {"tokenizer_path": str(data_samples("tokenizer.json"))}
+        return {}
     stem = {"spo": "grpo", "reward": "dpo"}.get(stage, stage)  # they learn from the same rows
     data = {
         "data_path": str(data_samples(f"{stem}.jsonl")),

@@ -20,6 +20,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -41,6 +42,7 @@ FORMAT = "minimind tokens 1"
 HEADER = 4096  # bytes
 PART = 2**22  # bytes of the source between two points from which a killed run goes on
 SMALL = 2**25  # bytes; a smaller source is read again each time (seconds) and leaves no file
+BLOCK = 1024  # rows that are looked at together
 SAMPLE = 2**22  # bytes of text that a tokenizer is trained on: memory grows with it
 
 
@@ -105,8 +107,8 @@ def alone(path: Path) -> Iterator[None]:
         held = FileLock(f"{path}.lock").acquire()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error}). Write it elsewhere with minimind prepare --to, and "
-            "give that file as data_path."
+            f"{path} cannot be written ({error}). Write it elsewhere with minimind prepare --to and a "
+            "--tokenizer_path, and give that file as data_path."
         ) from error
     with held:
         yield
@@ -127,19 +129,22 @@ def prepare(
         skip_bad_rows: leave bad rows out and count them, instead of stopping at the first.
 
     Raises:
-        UserError: no source, a bad row, no good row, or the disk is full.
+        UserError: no source, `to` is the source, a bad row, no good row, or the disk is full.
     """
     to = Path(to or Path(source).with_suffix(".tokens"))
     open_source(source).close()
+    if to.exists() and to.samefile(source):
+        raise UserError(f"{to} is the source itself. Give another file with minimind prepare --to.")
+    digest = fingerprint(source)  # by all processes at once; what follows is one after the other
     with alone(to):
-        why = staleness(to, source, tokenizer, skip_bad_rows)
+        why = staleness(to, digest, tokenizer, skip_bad_rows)
         if why:
             print(f"{to} {why}: it is made from {source}.")
             write_tokens(source, tokenizer, to, skip_bad_rows)
     return to
 
 
-def staleness(to: Path, source: str | Path, tokenizer: Tokenizer, skip: bool) -> str | None:
+def staleness(to: Path, sha256: str, tokenizer: Tokenizer, skip: bool) -> str | None:
     """Return why a token file does not serve, or None."""
     header = read_header(to)
     if header is None:
@@ -148,10 +153,13 @@ def staleness(to: Path, source: str | Path, tokenizer: Tokenizer, skip: bool) ->
         return "was made with another tokenizer"
     if header.skipped and not skip:
         return f"leaves out {sum(header.skipped.values())} bad rows, and skip_bad_rows is 0"
-    size = Path(source).stat().st_size
-    if header.source_bytes != size or header.source_sha256 != fingerprint(source):
-        return "was made before its source changed"
-    return None
+    return None if header.source_sha256 == sha256 else "was made before its source changed"
+
+
+def source_sha256(path: str | Path) -> str:
+    """Return the sha256 of a data file; a token file, or one beside it, knows its text's."""
+    header = read_header(Path(path).with_suffix(".tokens"))
+    return header.source_sha256 if header else fingerprint(path)
 
 
 def write_tokens(source: str | Path, tokenizer: Tokenizer, to: Path, skip: bool) -> None:
@@ -301,6 +309,31 @@ def read_tokens(
         return np.array(tokens), skipped
 
 
+def own_tokenizer(source: str | Path) -> Tokenizer:
+    """Return the tokenizer of 6,400 tokens that belongs to `X.jsonl` (or its `X.tokens`): `X.tokenizer.json`.
+
+    It is trained if there is none. `X.tokenizer.sha256` tells on which source: if that has changed,
+    it is trained anew. Without such a file it is somebody's own, and stays as it is.
+
+    Raises:
+        UserError: no source, or its folder cannot be written.
+    """
+    source = Path(source)
+    path, stamp = (source.with_suffix(f".tokenizer.{end}") for end in ("json", "sha256"))
+    if source.suffix != ".tokens":
+        open_source(source).close()
+        made_from = f"{fingerprint(source)}  {source.name}\n"  # as sha256sum writes it
+        with alone(source.with_suffix(".tokens")):
+            changed = stamp.exists() and stamp.read_text() != made_from
+            if changed or not path.exists():
+                why = "was made before its source changed" if changed else "is not there yet"
+                print(f"{path} {why}: it is trained on {source}.")
+                content = train_tokenizer(source).to_json() + "\n"
+                write_atomically(path, lambda file: file.write(content.encode()))
+                write_atomically(stamp, lambda file: file.write(made_from.encode()))
+    return Tokenizer.load(path)
+
+
 def train_tokenizer(source: str | Path, vocab_size: int = 6400) -> Tokenizer:
     """Train a tokenizer on every n-th row of a JSON-lines file, `SAMPLE` bytes in all.
 
@@ -332,6 +365,7 @@ class Rows(Sequence):
         offsets: (N,) where each row begins in the file, in bytes.
         lengths: (N,) tokens.
         faults: what was left out or cut, with its count.
+        sha256: of the whole file.
         columns: name to (N, …) values that examples get on top.
     """
 
@@ -340,6 +374,7 @@ class Rows(Sequence):
     offsets: np.ndarray
     lengths: np.ndarray
     faults: Counter
+    sha256: str
     columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -386,16 +421,17 @@ def read_rows(
     """
     path = Path(path)
     open_source(path).close()
+    sha256 = fingerprint(path)
     if path.stat().st_size < SMALL:
-        return Rows(path, make, *index_rows(path, check, look, skip_bad_rows))
+        return Rows(path, make, *index_rows(path, check, look, skip_bad_rows), sha256)
     index = path.with_name(f"{path.stem}.{made_for.split()[0]}.index.npz")
-    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {fingerprint(path)}"
+    stamp = f"{made_for}, skip_bad_rows={bool(skip_bad_rows)}, {sha256}"
     with alone(index):
         found = load_index(index, stamp)
         if found is None:
             found = index_rows(path, check, look, skip_bad_rows)
             save_index(index, stamp, *found)
-    return Rows(path, make, *found)
+    return Rows(path, make, *found, sha256)
 
 
 def index_rows(
@@ -404,14 +440,16 @@ def index_rows(
     """Return where the kept rows begin, their lengths, and the faults, counted."""
     offsets, lengths, faults = array("q"), array("i"), Counter()
     progress = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, delay=2)
-    with progress:
-        for offset, row in scan_jsonl(path, check, faults if skip else None):
-            length, fault = look(row)
-            if fault:
-                faults[fault] += 1
-            if length:
-                offsets.append(offset)
-                lengths.append(length)
+    rows = scan_jsonl(path, check, faults if skip else None)
+    with progress, ThreadPoolExecutor(os.cpu_count()) as threads:  # encoding leaves Python's lock
+        while block := list(islice(rows, BLOCK)):
+            looks = threads.map(look, [row for _, row in block])
+            for (offset, _), (length, fault) in zip(block, looks, strict=True):
+                if fault:
+                    faults[fault] += 1
+                if length:
+                    offsets.append(offset)
+                    lengths.append(length)
             progress.update(offset - progress.n)
     return np.array(offsets, np.int64), np.array(lengths, np.int32), faults
 

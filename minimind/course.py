@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,23 @@ from minimind.generate import chat
 from minimind.measures import MEASURES, limit_of
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
-from minimind.trainer import train
+from minimind.trainer import starting_tokenizer, train
 
 STAGES_IN_ORDER = tuple(CONFIGS)
 QUESTIONS = ("Hello!", "What is 17+8?")
+
+# The rows of the report's picture, and the measure by which each stage reports them.
+ABILITIES = {
+    "text: bits saved of 8": {"pretrain": "bits_per_byte"},
+    "facts, as text": {"pretrain": "facts_completed"},
+    "questions": {"sft": "exact_match", **dict.fromkeys(("lora", "dpo", "reason"), "sft_exact_match")},
+    "people no chat tells of": {"sft": "exact_match_person_unseen"},
+    "persona": {"lora": "persona"},
+    "kind and right, sampled": {"dpo": "preferred_and_right"},
+    "chains of 2–5 operations": {"reason": "answer", "grpo": "greedy_easy", "spo": "greedy_easy"},
+    "chains of 6–7, sampled": {"grpo": "sampled_hard", "spo": "sampled_hard"},
+    "questions, a layer less": {"distill": "exact_match"},
+}  # fmt: skip
 
 
 def load_or_train(weight: str, preset: str = "course") -> tuple[MiniMind, Tokenizer]:
@@ -67,8 +81,8 @@ def course(preset: str = "course", seed: int = 42, out_dir: str | None = None) -
 def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
     """Train a stage, measured before its first step and after its last; return its part of the report."""
     started = time.monotonic()
+    run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     limit = limit_of(preset)
-    tokenizer = Tokenizer.load(stage_config(stage, preset).tokenizer_path)
     before: dict[str, Measure] = {}
     measuring = 0.0
 
@@ -76,18 +90,18 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
         nonlocal measuring
         if step == 0:
             began = time.monotonic()
+            tokenizer = starting_tokenizer(stage, stage_config(stage, **run))
             before.update(MEASURES[stage](model, tokenizer, limit)[0])
             model.train()
             measuring = time.monotonic() - began
 
-    run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     result = train(stage, callback=measure_first, **run)
-    after, found = MEASURES[stage](result.model, tokenizer, limit)
+    after, found = MEASURES[stage](result.model, result.tokenizer, limit)
     measures = {
         name: {**asdict(measure), "before": before[name].value, "after": measure.value}
         for name, measure in after.items()
     }
-    BASELINES[stage](measures, found, tokenizer, run)
+    BASELINES[stage](measures, found, result.tokenizer, run)
     for measure in measures.values():
         del measure["value"]
     return {
@@ -136,7 +150,7 @@ def report_text(report: dict) -> str:
               + ", ".join(f"{name} {value:.3f}" for name, value in text["baselines"].items())
               + f". That is {text['after'] / text['baseline']:.2f} of the 5-gram's.",
               BASELINES_TEXT]  # fmt: skip
-    lines += ["", "![before and after](report.png)", "", "## Chat", ""]
+    lines += ["", "![what each stage can do](report.png)", "", "## Chat", ""]
     lines += [
         f"> `{t['weight']}` **{t['user']}**  \n> `{t['assistant']}`\n" for t in report["chat"]
     ]
@@ -150,6 +164,25 @@ def report_text(report: dict) -> str:
     return "\n".join(lines)
 
 
+def abilities(report: dict) -> dict[str, dict[str, tuple[float, float, bool]]]:
+    """Return, by ability and stage, the share, its baseline, and whether that stage raised it.
+
+    What a stage measured before its first step belongs to the stage whose weight it started from.
+    Bits per byte count as the share that is saved of a byte's 8.
+    """
+    found: dict = {name: {} for name in ABILITIES}
+    for name, measures in ABILITIES.items():
+        for part in report["stages"]:
+            stage, start = part["stage"], STAGE_OF_WEIGHT.get(CONFIGS[part["stage"]].from_weight)
+            if m := part["measures"].get(measures.get(stage)):
+                figures = (m[key] for key in ("before", "after", "baseline"))
+                before, after, baseline = (1 - x / 8 if m["better"] == "lower" else x for x in figures)  # fmt: skip
+                if start:
+                    found[name].setdefault(start, (before, math.nan, False))
+                found[name][stage] = (after, baseline, after > before + 0.01)
+    return found
+
+
 def write_report(report: dict, folder: Path) -> None:
     """Write report.json, report.md and, where matplotlib is installed, report.png."""
     files = {
@@ -159,10 +192,10 @@ def write_report(report: dict, folder: Path) -> None:
     for name, text in files.items():
         write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
     try:
-        from minimind.plots import before_after
+        from minimind.plots import ladder
     except ImportError:
         return
-    figure = before_after(report)
+    figure = ladder(abilities(report))
     write_atomically(
         folder / "report.png", lambda file: figure.savefig(file, format="png", dpi=120)
     )

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -142,6 +143,16 @@ def gathered(value: Part) -> list[Part]:
     with together():
         dist.all_gather_object(found, value)
     return found
+
+
+def check_same_step(step: int, folder: Path) -> None:
+    """UserError unless all processes go on from the same step, which they have read in `folder`."""
+    steps = gathered(step)
+    if len(set(steps)) > 1:
+        raise UserError(
+            f"The processes find resume points of different steps in {folder} ({steps}; 0: none). Let "
+            "out_dir be a folder that all machines share, or copy the newest points to each."
+        )
 
 
 def total(number: float) -> float:

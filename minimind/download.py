@@ -69,6 +69,7 @@ def find(name: str, source: str) -> Remote:
     """Return where a site has a file. UserError that lists what there is, if it has no such file."""
     if source not in SOURCES:
         raise bad_value("source", source, SOURCES)
+    needed("huggingface_hub", "course")
     try:
         if source == "huggingface":
             remote = hub_file(name)

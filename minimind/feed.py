@@ -16,15 +16,17 @@ def one_ahead(
 ) -> Iterator[list[Batch]]:
     """Yield `make(n)` for every number; for a GPU the next is made in a thread while it computes.
 
-    That thread also puts it into page-locked memory, from which the GPU can fetch it by itself. A
-    CPU has nothing to gain: there each is made when it is asked for.
+    That thread also finds the places of the labels, and puts all into page-locked memory, from which
+    the GPU can fetch it by itself. A CPU has nothing to gain: there each is made when it is asked for.
     """
     if device.type != "cuda":
         yield from map(make, numbers)
         return
 
     def pinned(number: int) -> list[Batch]:
-        return [{name: tensor.pin_memory() for name, tensor in b.items()} for b in make(number)]
+        return [
+            {n: tensor.pin_memory() for n, tensor in with_places(b).items()} for b in make(number)
+        ]
 
     with ThreadPoolExecutor(1) as thread:
         coming = None
@@ -36,11 +38,16 @@ def one_ahead(
             yield coming.result()
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on the device, with the `places` of its labels, which are known here at once.
+def with_places(batch: Batch) -> Batch:
+    """Add the `places` of a batch's labels while it is on the host, where they are known at once.
 
     On the device they would have to be counted first, and the host would wait for the count.
     """
-    if "labels" in batch and batch["labels"].device.type == "cpu":
-        batch = {**batch, "places": labelled_places(batch["labels"])}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if "labels" not in batch or "places" in batch or batch["labels"].device.type != "cpu":
+        return batch
+    return {**batch, "places": labelled_places(batch["labels"])}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on the device, with the places of its labels."""
+    return {n: tensor.to(device, non_blocking=True) for n, tensor in with_places(batch).items()}

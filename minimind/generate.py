@@ -88,7 +88,7 @@ def next_token_probabilities(
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row (B,): where the running sum of (B, V) passes uniform (B,) in [0, 1)."""
-    running = probabilities.double().cumsum(-1)
+    running = probabilities.cumsum(-1, dtype=torch.double)
     threshold = uniform.double()[:, None] * running[:, -1:]
     token = torch.searchsorted(running, threshold, right=True)[:, 0]
     return token.clamp(max=probabilities.shape[-1] - 1)
@@ -124,10 +124,11 @@ def generate(
     seed gives the same completions; at temperature 0 there is no randomness.
 
     Raises:
-        UserError: no prompt, an empty prompt, or one that leaves no room for the answer.
+        UserError: no prompt, an empty prompt, or one that leaves no room for the answer; a setting
+            that nothing can be sampled with.
     """
-    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
-    with _ready(model, prompts, max_new_tokens):
+    shape = _shape(temperature, top_k, top_p)
+    with _ready(model, prompts, max_new_tokens, seed):
         steps = _steps(model, prompts, 1, max_new_tokens, eos_id, seed, shape)
         tokens, _, lengths = _collect(steps, len(prompts), max_new_tokens, eos_id, model.device)
     return [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
@@ -141,8 +142,8 @@ def stream(
 
     UserError as in `generate`, before the first id.
     """
-    shape = partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
-    with _ready(model, [prompt], max_new_tokens):
+    shape = _shape(temperature, top_k, top_p)
+    with _ready(model, [prompt], max_new_tokens, seed):
         for _, token, _ in _steps(model, [prompt], 1, max_new_tokens, eos_id, seed, shape):
             yield int(token)
 
@@ -169,7 +170,7 @@ def sample_rollouts(
     """
     if num_generations < 1:
         raise UserError(f"num_generations={num_generations} must be at least 1.")
-    with _ready(model, prompts, max_new_tokens):
+    with _ready(model, prompts, max_new_tokens, seed):
         shape, count = next_token_probabilities, len(prompts) * num_generations
         steps = _steps(
             model,
@@ -216,7 +217,7 @@ def _collect(steps: Iterator[Step], count: int, max_new_tokens: int, eos_id: int
     return tokens, logps, lengths
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _steps(
     model: MiniMind, prompts: Sequence[Sequence[int]], copies: int, max_new_tokens: int, eos_id: int | None,
     seed: int | None, shape: Shape, compiled: bool = False, first_row: int = 0,
@@ -319,9 +320,14 @@ def _precision(model: MiniMind) -> torch.dtype:
 
 @contextmanager
 def _ready(
-    model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int | None
 ) -> Iterator[None]:
-    """Check the prompts and hold the model in eval mode."""
+    """Check prompts and settings, and hold the model in eval mode."""
+    if max_new_tokens < 1 or (seed or 0) < 0:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} and seed={seed}: give at least 1 token, and a seed from "
+            "0 up or None."
+        )
     _check_prompts(model, prompts, max_new_tokens)
     was_training = model.training
     model.eval()
@@ -329,6 +335,16 @@ def _ready(
         yield
     finally:
         model.train(was_training)
+
+
+def _shape(temperature: float, top_k: int, top_p: float) -> Shape:
+    """Return `next_token_probabilities` with these settings. UserError if they leave no token."""
+    if not (0 <= temperature < float("inf") and top_k >= 0 and 0 < top_p <= 1):
+        raise UserError(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p}: give a temperature from 0 (the "
+            "best token) up, top_k from 0 (all tokens) up, and top_p above 0 and at most 1 (all)."
+        )
+    return partial(next_token_probabilities, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def _check_prompts(model: MiniMind, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -1,8 +1,8 @@
 """What ends a run before its last step: a signal, or figures that are not worth going on with.
 
 `Signals` turns Ctrl-C and SIGTERM into a wish that the loop grants after the step at hand. `Watch`
-looks at the loss and the gradient's norm of every step; a step that is not finite is never taken,
-and the run stops with a diagnosis or, if asked, goes on without it.
+looks at the loss and the gradient's norm of every step; a step that is not finite or has exploded is
+never taken, and the run stops with a diagnosis or, if asked, goes on without it.
 
 Left out: going back to an older resume point and past the batch by itself. A loss that explodes has
 a cause, and a run that hides it ends with a worse weight.
@@ -15,7 +15,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +28,7 @@ from minimind.errors import UserError
 
 WINDOW = 50  # losses that a new one is compared with
 SPIKE = 2.0  # beyond so many times their median, and 1 above it, a loss is logged as a spike
-EXPLODED = 100.0  # beyond so many times their median (or 1, if that is more), it ends the run
+EXPLODED = 100.0  # beyond so many times their median (or 1, if that is more), a step is not taken
 IN_A_ROW = 25  # bad steps after which skipping is no cure; float16's scale has shrunk by 2^25
 
 Figures = dict[str, Tensor | float]
@@ -58,8 +58,9 @@ class Interrupted(KeyboardInterrupt):
 class Signals:
     """While it is open, Ctrl-C (SIGINT) and SIGTERM only leave their number in `received`.
 
-    The second signal acts as it would without this, so that a step that hangs can be stopped. Only
-    the main thread can catch signals; elsewhere nothing changes.
+    A second Ctrl-C acts as it would without this, so that a step that hangs can be stopped. More
+    SIGTERMs change nothing: systemd, Slurm and torchrun send several. Only the main thread can
+    catch signals; elsewhere nothing changes.
     """
 
     def __init__(self) -> None:
@@ -76,11 +77,12 @@ class Signals:
             signal.signal(*self._before.popitem())
 
     def _note(self, number: int, _: object) -> None:
-        self.received = number
-        self.__exit__()
-        text = "\nStopping after this step, with a resume point. Once more stops at once.\n"
-        if distributed.is_first():
+        if number == signal.SIGINT:
+            signal.signal(number, self._before.pop(number))
+        text = "\nStopping after this step, with a resume point. A second Ctrl-C stops at once.\n"
+        if not self.received and distributed.is_first():
             os.write(2, text.encode())  # not print, which may be what was interrupted
+        self.received = self.received or number
 
 
 @dataclass
@@ -91,9 +93,9 @@ class Watch:
     every step.
 
     Attributes:
-        pending: of every step (in RL: update) since the last row its step, lr, loss and grad_norm,
-            and what the stage logs.
-        recent: the last losses that were finite.
+        pending: of every step (in RL: update) since the last row its step, lr, loss, grad_norm, the
+            `limit` that its loss had, and what the stage logs.
+        recent: the last losses of steps that were taken.
         skipped: steps that were not taken in all; `in_a_row`: up to now.
         spike: the worst loss spike since the last row, as it is logged; empty if there was none.
     """
@@ -104,38 +106,44 @@ class Watch:
     in_a_row: int = 0
     spike: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def limit(self) -> float:
+        """The loss beyond which a step has exploded, by the losses looked at so far."""
+        return EXPLODED * max(1, median(self.recent or [inf]))
+
     def look(self, config: TrainConfig) -> tuple[str, Figures] | None:
         """Bring new figures to the host. Return why the run must end, and the step's; or None."""
-        for figures in self.pending:
-            if isinstance(figures["loss"], Tensor):
-                figures.update({name: float(value) for name, value in figures.items()})
-                if why := self._judge(figures, config):
-                    return why, figures
+        new = [figures for figures in self.pending if isinstance(figures["loss"], Tensor)]
+        to_host(new)
+        for figures in new:
+            if why := self._judge(figures, config):
+                return why, figures
         return None
 
     def _judge(self, figures: Figures, config: TrainConfig) -> str:
         loss, norm = figures["loss"], figures["grad_norm"]
         if is_good(figures):
             self.in_a_row = 0
-            return self._compare(figures)
+            self._compare(figures)
+            return ""
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == IN_A_ROW:
-            return f"{IN_A_ROW} steps in a row had a loss or a gradient that is not finite"
-        if config.dtype == "float16" and isfinite(loss):
+            return f"{IN_A_ROW} steps in a row were bad: not finite, or with a loss that exploded"
+        if config.dtype == "float16" and isfinite(loss) and not isfinite(norm):
             return ""  # too large for float16: the scaler will try a smaller scale
         if config.skip_bad_steps:
             distributed.say(
                 f"Step {figures['step']:.0f} skipped: loss {loss}, norm of the gradient {norm}."
             )
             return ""
+        if isfinite(loss) and isfinite(norm):
+            return f"the loss has exploded to {loss:.4g}"
         return f"the loss is {loss}" if not isfinite(loss) else f"the gradient's norm is {norm}"
 
-    def _compare(self, figures: Figures) -> str:
-        """Compare a finite loss with those before it."""
+    def _compare(self, figures: Figures) -> None:
+        """Compare the loss of a good step with those before it."""
         step, loss, norm = (figures[name] for name in ("step", "loss", "grad_norm"))
         usual = median(self.recent) if self.recent else loss
-        if loss > EXPLODED * max(1, usual):
-            return f"the loss has exploded to {loss:.4g}"
         if len(self.recent) >= WINDOW // 5 and loss > max(SPIKE * usual, usual + 1):
             distributed.say(
                 f"Step {step:.0f}: a loss spike, {loss:.3f}; the median before is {usual:.3f}. "
@@ -144,7 +152,6 @@ class Watch:
             found = {"loss_spike": loss, "loss_spike_step": step, "loss_spike_grad_norm": norm}
             self.spike = max(self.spike or found, found, key=lambda spike: spike["loss_spike"])
         self.recent = [*self.recent, loss][-WINDOW:]
-        return ""
 
     def row(self) -> dict[str, float]:
         """Return what is logged of the steps since the last row, and forget them.
@@ -161,14 +168,23 @@ class Watch:
         return row
 
 
+def to_host(steps: list[Figures]) -> None:
+    """Replace the tensors among figures by their numbers, with one copy from the device for all."""
+    found = [(step, n) for step in steps for n, value in step.items() if isinstance(value, Tensor)]
+    values = torch.stack([step[n].float() for step, n in found]).tolist() if found else []
+    for (step, n), value in zip(found, values, strict=True):
+        step[n] = value
+
+
 def is_good(figures: Figures) -> bool:
-    """Return whether loss and gradient of a step are finite."""
-    return isfinite(figures["loss"]) and isfinite(figures["grad_norm"])
+    """Return whether loss and gradient of a step are finite, and the loss within its limit."""
+    finite = isfinite(figures["loss"]) and isfinite(figures["grad_norm"])
+    return finite and figures["loss"] <= figures["limit"]
 
 
 def mean_figures(figures: list[Figures]) -> dict[str, float]:
     """Return the mean of every figure of the stage over the steps that have it."""
-    names = {name for step in figures for name in step} - {"step", "lr", "loss", "grad_norm"}
+    names = set().union(*figures) - {"step", "lr", "loss", "grad_norm", "limit"}
     values = {name: [step[name] for step in figures if name in step] for name in names}
     return {name: sum(found) / len(found) for name, found in sorted(values.items())}
 

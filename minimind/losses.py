@@ -5,6 +5,9 @@ Left out: the losses themselves; each stands with its stage.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,9 +50,7 @@ def label_logps(
 ) -> Tensor:
     """Return `token_logps(head(hidden), labels)`, with at most ONE_CHUNK logits in float32 at any time.
 
-    A larger batch has logits for its labelled positions alone, chunk by chunk. Those of all
-    but the last are forgotten as soon as the log-probabilities are known, and made again in the
-    backward pass, as in gradient checkpointing (arXiv 1604.06174).
+    A larger batch has logits for its labelled positions alone, chunk by chunk.
 
     Args:
         hidden: (B, T, C), what the output projection `head` reads.
@@ -63,13 +64,21 @@ def label_logps(
     targets = labels[:, 1:]
     wanted = targets.flatten()[places]  # (N,)
     states = hidden[:, :-1].flatten(0, 1)[places]  # (N, C)
-    size = max(1, ONE_CHUNK // head.out_features)
-    *early, last = zip(states.split(size), wanted.split(size), strict=True)
-    parts = [checkpoint(_logps, head, *pair, use_reentrant=False) for pair in early]
-    parts.append(_logps(head, *last))  # its backward comes first, so its logits may as well stay
+    parts = in_chunks(partial(_logps, head), ONE_CHUNK // head.out_features, states, wanted)
     return hidden.new_zeros(targets.numel(), dtype=torch.float32).index_copy(
         0, places, torch.cat(parts)
     ).view(targets.shape)  # fmt: skip
+
+
+def in_chunks(work: Callable[..., Tensor], rows: int, *inputs: Tensor) -> list[Tensor]:
+    """Return `work` of the first `rows` rows of all inputs, of the next, and so on.
+
+    What it computes on the way is forgotten for all but the last, and made again in the backward
+    pass, as in gradient checkpointing (arXiv 1604.06174).
+    """
+    *early, last = zip(*(each.split(max(1, rows)) for each in inputs), strict=True)
+    parts = [checkpoint(work, *chunk, use_reentrant=False) for chunk in early]
+    return [*parts, work(*last)]  # its backward comes first, so what it computed may as well stay
 
 
 def _logps(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:

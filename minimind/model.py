@@ -12,6 +12,7 @@ Left out on purpose: biases, learned positions, sliding windows, tensor parallel
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind.config import ModelConfig
-from minimind.losses import label_logps
 
 
 class RMSNorm(nn.Module):
@@ -185,7 +185,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """
     (B, H, T, D), K, dtype = q.shape, k.shape[1], v.dtype
     if T == 1:  # the heads of a group take the place of T: no key is copied
-        q, causal = q.reshape(B, K, H // K, D), False
+        q, causal = q.reshape(B, K, H // K, D).contiguous(), False
     else:
         causal = mask is None
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
@@ -337,8 +337,8 @@ class MiniMind(nn.Module):
         input_ids: (B, T) token ids.
         attention_mask: (B, S), 1 for real tokens and 0 for padding (left or right).
         cache: a KVCache; then `input_ids` are the new tokens only and S counts the old ones too.
-        labels: (B, T); then not the logits are returned but ln p of the labels, (B, T-1), as
-            `label_logps` does without ever holding all logits. `places` are its argument too.
+        read: what to return instead of all logits, computed from the hidden states (B, T, C) and
+            the output projection, such as `label_logps`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -355,12 +355,10 @@ class MiniMind(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None,
-        labels: Tensor | None = None, places: Tensor | None = None,
+        read: Callable[[Tensor, nn.Linear], Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         hidden = self.model(input_ids, attention_mask, cache)
-        if labels is None:
-            return self.lm_head(hidden)
-        return label_logps(hidden, self.lm_head, labels, places)
+        return read(hidden, self.lm_head) if read else self.lm_head(hidden)
 
     @property
     def router_loss(self) -> Tensor | float:

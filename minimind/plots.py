@@ -30,7 +30,7 @@ def new_figure(
 
 
 def loss_curve(history: Sequence[dict], title: str = "") -> Figure:
-    """Loss per token against steps, held-out loss where it was measured; learning rate beside it."""
+    """Training and held-out loss, in the unit of the stage, against steps; the learning rate beside it."""
     figure, (left, right) = new_figure(2, width=9)
     steps = [row["step"] for row in history]
     left.plot(steps, [row["loss"] for row in history], color=BLUE, label="training")
@@ -38,7 +38,7 @@ def loss_curve(history: Sequence[dict], title: str = "") -> Figure:
     if measured:
         left.plot([r["step"] for r in measured], [r["heldout_loss"] for r in measured],
                   "o-", color=ORANGE, label="held-out")  # fmt: skip
-    left.set(xlabel="step", ylabel="loss (nats per token)", title=title, ylim=(0, None))
+    left.set(xlabel="step", ylabel="training loss", title=title, ylim=(0, None))
     left.legend(frameon=False)
     right.plot(steps, [row["lr"] for row in history], color=GREEN)
     right.set(xlabel="step", ylabel="learning rate", title="schedule", ylim=(0, None))
@@ -102,20 +102,29 @@ def heatmap(
     return figure
 
 
-def before_after(report: dict) -> Figure:
-    """The report card as a picture: every share that should be high, before and after its stage."""
-    rows = [
-        (f"{stage['stage']}: {name}", m["before"], m["after"])
-        for stage in report["stages"]
-        for name, m in stage["measures"].items()
-        if m["better"] == "higher"
-    ]
-    figure, (ax,) = new_figure(width=7, height=0.4 * len(rows) + 1.2)
-    y = np.arange(len(rows))[::-1]
-    ax.barh(y + 0.2, [row[1] for row in rows], 0.36, color=GREY, label="before")
-    after = ax.barh(y - 0.2, [row[2] for row in rows], 0.36, color=BLUE, label="after")
-    ax.bar_label(after, fmt="%.2f", fontsize=8, padding=2)
-    ax.set_yticks(y, [row[0] for row in rows])
-    ax.set(xlim=(0, 1.1), ylim=(-1, len(rows)), xlabel="share right on held-out examples")
-    ax.legend(frameon=False, loc="lower right")
+def ladder(rows: dict[str, dict[str, tuple[float, float, bool]]]) -> Figure:
+    """What each weight can do: abilities from top to bottom, the stages from left to right.
+
+    Args:
+        rows: by ability and stage, in order: a share, its baseline (nan: no tick), and whether
+            this stage raised it. What was not measured is left out, and its place stays empty.
+    """
+    columns = list(dict.fromkeys(stage for cells in rows.values() for stage in cells))
+    size, width = (10, 0.5 * len(rows) + 1.2), 0.86  # width: of a full bar; columns are 1 apart
+    figure, ax = plt.subplots(figsize=size, layout="constrained", subplot_kw={"frame_on": False})
+    for y, cells in enumerate(rows.values()):
+        for stage, (share, baseline, raised) in cells.items():
+            x, colour = columns.index(stage), BLUE if raised else SKY
+            ink = "white" if raised and share > 0.5 else "black"
+            ax.barh(y, [width, width * share], 0.64, left=x, color=["#EEEEEE", colour])
+            ax.plot([x + width * baseline] * 2, [y - 0.42, y + 0.42], color=ORANGE, lw=2)
+            ax.text(x + 0.4 * width, y, f"{share:.2f}", color=ink, ha="center", va="center")
+    meaning = {"raised by this stage": BLUE, "measured, not raised": SKY, "baseline": ORANGE}
+    for label, colour in meaning.items():
+        ax.barh(0, 0, color=colour, label=label)
+    ax.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01))
+    ax.set_xticks([x + width / 2 for x in range(len(columns))], columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(xlim=(-0.05, len(columns)), ylim=(len(rows) - 0.4, -0.6))
+    ax.tick_params(length=0, labeltop=True, labelbottom=False)
     return figure

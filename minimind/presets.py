@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(_COURSE, learning_rate=1e-4, epochs=2, batch_size=128, accumulation_steps=1,
-                    max_new_tokens=80),
+                    max_new_tokens=80, d_half=2e-4),
         "distill": dict(_COURSE_RUN, **_DISTILL, epochs=15, batch_size=32, teacher_preset="course",
                         teacher_hidden_size=128, teacher_num_layers=4, student_hidden_size=128, student_num_layers=3),
     },

@@ -21,8 +21,6 @@ from minimind.model import (
     KVCache,
     MiniMind,
     MoE,
-    RMSNorm,
-    apply_rotary,
     attend,
     rotary_embedding,
 )
@@ -53,28 +51,28 @@ def joined(modules: list[nn.Module], dtype: torch.dtype, rows: int) -> Tensor:
     return weight
 
 
+def turn(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """`apply_rotary` in three operations: the minus of -x_{i+D/2} is in the sine."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), signed_sin.to(x.dtype))
+
+
 class _Layer:
     """One block with q, k, v joined, and gate and up."""
 
     def __init__(self, block: Block, dtype: torch.dtype, rows: int) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.index, self.head_dim = attention.layer, attention.head_dim
-        self.norms = block.input_layernorm, block.post_attention_layernorm
+        self.eps = block.input_layernorm.eps
+        self.norm_1 = block.input_layernorm.weight
+        self.norm_2 = block.post_attention_layernorm.weight
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
         self.out = joined([attention.o_proj], dtype, rows)
         self.heads = attention.q_proj.weight.shape[0] // self.head_dim
         self.kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.qk_norm = None
-        if attention.qk_norm:  # one norm with a weight for each head: (H + K, D)
-            self.qk_norm = RMSNorm(self.head_dim, attention.q_norm.eps)
-            q, k = (
-                norm.weight.detach().expand(count, -1)
-                for norm, count in (
-                    (attention.q_norm, self.heads),
-                    (attention.k_norm, self.kv_heads),
-                )
-            )
-            self.qk_norm.weight = nn.Parameter(torch.cat([q, k]))
+        if attention.qk_norm:  # a weight for each head: (H + K, D)
+            q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+            self.qk_norm = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
         self.moe = mlp if isinstance(mlp, MoE) else None
         if not self.moe:
             self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, rows)
@@ -83,18 +81,20 @@ class _Layer:
     def __call__(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache
     ) -> Tensor:
-        B, T, _ = x.shape
-        qkv = linear(self.norms[0](x), self.qkv).view(B, T, -1, self.head_dim)
+        B, T, C = x.shape
+        normed = F.rms_norm(x, (C,), self.norm_1, self.eps)
+        qkv = linear(normed, self.qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if self.qk_norm:
-            qk = self.qk_norm(qk)
-        qk = apply_rotary(qk, *rotary).transpose(1, 2)  # (B, H + K, T, D)
+        if self.qk_norm is not None:
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.eps) * self.qk_norm
+        qk = turn(qk, *rotary).transpose(1, 2)  # (B, H + K, T, D)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         k, v = cache.append(self.index, k, v.transpose(1, 2))
         x = x + linear(attend(q, k, v, mask), self.out)
+        normed = F.rms_norm(x, (C,), self.norm_2, self.eps)
         if self.moe:
-            return x + self.moe(self.norms[1](x))
-        gate, up = linear(self.norms[1](x), self.gate_up).chunk(2, dim=-1)
+            return x + self.moe(normed)
+        gate, up = linear(normed, self.gate_up).chunk(2, dim=-1)
         return x + linear(F.silu(gate) * up, self.down)
 
 
@@ -109,6 +109,8 @@ class Reader:
         inner = model.model
         self.embedding, self.norm = inner.embed_tokens, inner.norm
         self.frequencies, self.rope_scale = inner.frequencies, inner.rope_scale
+        ones = torch.ones_like(self.frequencies)
+        self.signs = torch.cat([-ones, ones])  # of sin in (-x_{i+D/2}, x_i)
         self.layers = [_Layer(block, dtype, rows) for block in inner.layers]
         self.head = joined([model.lm_head], dtype, rows)
 
@@ -128,7 +130,7 @@ class Reader:
     def read(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache) -> Tensor:
         """The arithmetic of the call."""
         cos, sin = rotary_embedding(positions, self.frequencies, self.rope_scale)
-        rotary = cos.transpose(1, 2), sin.transpose(1, 2)  # (B or 1, T, 1, D)
+        rotary = cos.transpose(1, 2), (sin * self.signs).transpose(1, 2)  # (B or 1, T, 1, D)
         x = self.embedding(ids)
         for layer in self.layers:
             x = layer(x, rotary, mask, cache)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 
 import torch
@@ -49,12 +49,13 @@ def length_reward(text: str, limit: int = 200) -> float:
     return -min(len(text) / limit, 1.0)
 
 
-def repetition_reward(text: str, n: int = 3) -> float:
-    """Minus the share of n-grams of words that have been seen before in the text: 0 to almost -1."""
-    words = text.split()
-    grams = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-    total = sum(grams.values())
-    return len(grams) / total - 1 if total else 0.0
+def repetition_reward(text: str, n: int = 8) -> float:
+    """Minus the share of n characters in a row that stood in the text before: 0 to almost -1.
+
+    Characters, not words: a calculation has no spaces between its steps, nor has Chinese.
+    """
+    grams = [text[i : i + n] for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
 Row = dict  # {"conversations": […, an empty assistant turn], perhaps "answer"}
@@ -67,52 +68,60 @@ REWARDS: dict[str, Callable[[Row, str], float]] = {
     "tags": lambda row, text: tag_count_reward(text),
     "length": lambda row, text: length_reward(text),
     "repetition": lambda row, text: repetition_reward(text),
-}
+}  # `minimind grpo` and `spo` take those that `make_reward` names; the others are for loops of your own
 
-SPANS = {
-    "exact": (0, 1),
-    "format": (0, 0.5),
-    "tags": (0, 1),
-    "length": (-1, 0),
-    "repetition": (-1, 0),
-}
-SPAN_OF_A_MODEL = (-3, 3)  # scores of a learned reward model are clipped to it
+SPANS = {  # the lowest and the highest; scores of a reward model are clipped to theirs
+    "exact": (0, 1), "format": (0, 0.5), "tags": (0, 1), "length": (-1, 0), "repetition": (-1, 0),
+    "reward_model": (-3, 3),
+}  # fmt: skip
+SPAN_OF_OTHERS = (0, 1)
 
 
 class Rewards:
     """Several rewards, added up with weights: `Rewards([("exact", 1.0), ("format", 0.5)])`.
 
-    A part is a name in `REWARDS`, or a function (rows, texts) -> (N,) with a `__name__`, such as a
-    learned reward model. Calling it returns the totals (N,) and the parts, each (N,), unweighted.
+    A part is (name, weight) with a name in `REWARDS`, or (name, weight, function), where the
+    function (rows, texts) -> (N,) gives 0 to 1; a "reward_model" may give -3 to 3. Calling it
+    returns the totals (N,) and the parts, name to (N,), unweighted.
 
     Raises:
-        UserError: an unknown name; a part that returns the wrong number of rewards or a NaN.
+        UserError: an unknown name, or one given twice; a part that returns the wrong number of
+            rewards, a NaN, or one outside its span.
     """
 
-    def __init__(self, parts: Sequence[tuple[str | Reward, float]]) -> None:
-        self.parts: list[tuple[str, Reward, float]] = []
-        for part, weight in parts:
-            if isinstance(part, str) and part not in REWARDS:
-                raise bad_value("reward", part, REWARDS)
-            name = part if isinstance(part, str) else part.__name__
-            self.parts.append(
-                (name, _for_all(REWARDS[part]) if isinstance(part, str) else part, weight)
-            )
+    def __init__(self, parts: Sequence[tuple[str, float] | tuple[str, float, Reward]]) -> None:
+        self.parts: dict[str, tuple[float, Reward]] = {}
+        for name, weight, *given in parts:
+            if name in self.parts:
+                raise UserError(f"Two parts of the reward are called {name!r}. Name them apart.")
+            if not given and name not in REWARDS:
+                raise bad_value("reward", name, REWARDS)
+            self.parts[name] = weight, given[0] if given else _for_all(REWARDS[name])
 
     def __call__(
         self, rows: Sequence[Row], texts: Sequence[str]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        found = {name: checked(part(rows, texts), len(texts), name) for name, part, _ in self.parts}
+        found = {
+            name: checked(reward(rows, texts), len(texts), name, SPANS.get(name, SPAN_OF_OTHERS))
+            for name, (_, reward) in self.parts.items()
+        }
         total = torch.zeros(len(texts))
-        for name, _, weight in self.parts:
+        for name, (weight, _) in self.parts.items():
             total += weight * found[name]
         return total, found
 
-    @property
-    def span(self) -> tuple[float, float]:
-        """The lowest and the highest total that are possible."""
-        ends = [[w * end for end in SPANS.get(name, SPAN_OF_A_MODEL)] for name, _, w in self.parts]
-        return sum(map(min, ends)), sum(map(max, ends))
+    def spans(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest total that each row can get, both (N,).
+
+        What can be verified is not judged by a model, and the other way round.
+        """
+        ends = []
+        for row in rows:
+            silent = "reward_model" if "answer" in row else "exact"
+            parts = [(w, SPANS.get(n, SPAN_OF_OTHERS)) for n, (w, _) in self.parts.items() if n != silent]  # fmt: skip
+            ends.append([sum(pick(w * end for end in span) for w, span in parts) for pick in (min, max)])  # fmt: skip
+        low, high = torch.tensor(ends, dtype=torch.float32).T
+        return low, high
 
 
 def _for_all(reward: Callable[[Row, str], float]) -> Reward:
@@ -121,18 +130,24 @@ def _for_all(reward: Callable[[Row, str], float]) -> Reward:
     )
 
 
-def checked(values: object, count: int, name: str) -> Tensor:
-    """Return `count` rewards as float32. UserError if there are more or fewer, or one is NaN."""
+def checked(values: object, count: int, name: str, span: Sequence[float] = (-inf, inf)) -> Tensor:
+    """Return `count` rewards as float32.
+
+    UserError if there are more or fewer, one is NaN, or one lies outside the span.
+    """
     rewards = torch.as_tensor(values, dtype=torch.float32).cpu()
     if rewards.shape != (count,):
         raise UserError(
             f"The reward {name!r} returned {tuple(rewards.shape)} values for {count} answers. "
             "Return one number per answer."
         )
-    if not rewards.isfinite().all():
-        bad = int((~rewards.isfinite()).nonzero()[0])
+    low, high = span
+    fine = rewards.isfinite() & (rewards >= low) & (rewards <= high)
+    if not fine.all():
+        bad = int((~fine).nonzero()[0])
         raise UserError(
-            f"The reward {name!r} of answer {bad} is {rewards[bad]}. A reward must be a finite number."
+            f"The reward {name!r} of answer {bad} is {rewards[bad]:g}. It must be a finite number from "
+            f"{low} to {high}; what it counts for is said by its weight."
         )
     return rewards
 
@@ -143,8 +158,6 @@ class LearnedReward:
     With `reasoning`, an answer that has an <answer> counts 0.4 as a whole and 0.6 by what stands
     in it (the guide's mixture). Rows that have an "answer" get 0: they are checked, not judged.
     """
-
-    __name__ = "reward_model"
 
     def __init__(self, score: Scorer, reasoning: bool = False) -> None:
         self.score, self.reasoning = score, reasoning
@@ -166,7 +179,9 @@ class LearnedReward:
             [*row["conversations"][:-1], {"role": "assistant", "content": text}]
             for row, text in zip(rows, texts, strict=True)
         ]
-        return checked(self.score(conversations), len(rows), self.__name__).clamp(*SPAN_OF_A_MODEL)
+        return checked(self.score(conversations), len(rows), "reward_model").clamp(
+            *SPANS["reward_model"]
+        )
 
 
 def folder_scorer(

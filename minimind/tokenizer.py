@@ -152,10 +152,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`. Nothing is added at either end."""
-        return self._bpe.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return `encode` of every text, computed on all cores."""
+        """Return `encode` of every text, computed on all cores; other threads go on meanwhile."""
         return [e.ids for e in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

@@ -148,7 +148,7 @@ def live_curve(name: str, history: Sequence[Row]) -> Tracker:
 def wandb_run(config: TrainConfig, name: str, run_id: str, history: Sequence[Row]) -> Tracker:
     """Log to Weights & Biases. Without a key or a network the run is kept offline.
 
-    `wandb sync wandb/offline-run-*` sends it later; the parts of a resumed run have one id.
+    The parts of a resumed run have one id; `wandb sync` joins them, if it gets them all in one call.
     """
     wandb = needed("wandb", "trackers")
     start = dict(project=config.wandb_project, name=name, id=run_id, resume="allow", config=asdict(config),
@@ -163,10 +163,10 @@ def wandb_run(config: TrainConfig, name: str, run_id: str, history: Sequence[Row
             why = str(error).splitlines()[0]
             wandb.teardown()  # it still holds the id
     if why:
-        print(
-            f"wandb keeps this run offline ({why}). Send it later: wandb sync wandb/offline-run-*"
-        )
         run = wandb.init(**start, mode="offline")
+    if run.offline:
+        print(f"wandb keeps this run offline ({why or 'WANDB_MODE'}). Send all parts of it later with: "
+              f"wandb sync wandb/offline-run-*-{run_id}")  # fmt: skip
 
     def log(row: Row) -> None:
         run.log(row, step=int(row["step"]))

@@ -10,6 +10,7 @@ Ctrl-C and SIGTERM end a run with such a point; what else ends it stands in `gua
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections import Counter
@@ -23,25 +24,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from minimind import distributed
-from minimind.checkpoint import (
-    load_model,
-    load_state,
-    newest_resume,
-    save_weight,
-    starting_weight,
-    weight_path,
-    write_resume,
-)
+from minimind import checkpoint, distributed
 from minimind.compiling import compile_blocks
 from minimind.config import ModelConfig, TrainConfig, stage_config
+from minimind.corpus import source_sha256
 from minimind.data import Batch, Batches
 from minimind.errors import UserError
 from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
 from minimind.precision import autocast
-from minimind.stages import NEEDS, STAGES
+from minimind.stages import NEEDS, STAGES, TOKENIZERS
+from minimind.stages.pretrain import count_labels
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 from minimind.tracking import Row, postfix, start_trackers
@@ -65,6 +59,7 @@ class Run:
     """The state of a run: everything the next step depends on, and what it has logged.
 
     Attributes:
+        data: sha256 of the training data.
         watch: the figures of the last steps.
         saved_step: the step of the resume point; 0 if there is none.
         tracker_id: under which a resumed run is found again by its tracker.
@@ -73,6 +68,7 @@ class Run:
     model: MiniMind
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
+    data: str = ""
     step: int = 0
     history: list[Row] = field(default_factory=list)
     watch: Watch = field(default_factory=Watch)
@@ -115,19 +111,20 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
         train_config(needed, settings)
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    model, tokenizer, lineage = starting_point(config)
+    model, tokenizer, lineage = starting_point(stage, config)
     task = STAGES[stage](config, model.to(device), tokenizer)
     for fault, count in task.warnings.items():
         distributed.say(f"Warning: {count} x {fault}")
     if config.fsdp:
         distributed.shard(model, stage, config.optimizer, config.dtype)
     batches = Batches(task.train, config.batch_size, config.seed, task.collate, task.lengths)
-    run = Run(model.train(), make_optimizers(model, config), make_scaler(config, device))
+    data = getattr(task.train, "sha256", None) or source_sha256(config.data_path)
+    run = Run(model.train(), make_optimizers(model, config), make_scaler(config, device), data)
 
     name = f"{config.save_weight}_{model.config.hidden_size}"
     resume_path = config.checkpoint_dir / f"{name}_resume.pth"
-    if config.from_resume and (found := newest_resume(resume_path)):
-        restore(run, task, *found, config)
+    if config.from_resume:
+        go_on(run, task, resume_path, config)
     distributed.own_noise(config.seed, run.step)
 
     compiled = make_faster(model, config)
@@ -135,11 +132,11 @@ def train_config(stage: str, config: TrainConfig, callback: Callback | None = No
     fit(run, task, batches, config, name, resume_path, callback)
     metrics = {**final_metrics(run, task, config, time.monotonic() - started), **compiled}
 
-    path = weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
+    path = checkpoint.weight_path(config.out_dir, config.save_weight, model.config.hidden_size)
     lineage = [*lineage, {"stage": stage, "settings": asdict(config), "steps": run.step}]
     model = distributed.unsharded(model)
     if distributed.is_first():
-        save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
+        checkpoint.save_weight(path, model, tokenizer, lineage, metrics, task.saved, task.sidecar)
     distributed.wait()  # a stage that follows reads it
     return TrainResult(run.history, metrics, path, model.eval(), tokenizer)
 
@@ -215,7 +212,7 @@ def fit(run: Run, task: Task, batches: Batches, config: TrainConfig, name: str, 
 
 @dataclass
 class Pace:
-    """How fast it goes since the last row of the log: tokens trained on, seconds of sampling."""
+    """What was done since the last row of the log: labels trained on, seconds of sampling."""
 
     tokens: int = 0
     rolling: float = 0.0
@@ -233,20 +230,25 @@ def take_step(
         pace.rolling += time.monotonic() - began
     run.step += 1
     for update in updates:
+        limit = run.watch.limit
         loss, metrics, grad_norm = optimizer_step(run, update, task, lr, config)
-        figures = {"step": run.step, "lr": lr, "loss": loss, "grad_norm": grad_norm}
+        figures = {"step": run.step, "lr": lr, "loss": loss, "grad_norm": grad_norm, "limit": limit}
         run.watch.pending.append(figures)
-        pace.tokens += sum(batch["input_ids"].numel() for batch in update)
+        pace.tokens += sum(count_labels(batch) for batch in update if "idle" not in batch)
     figures.update({**rolled, **metrics})
 
 
 def log_row(run: Run, task: Task, config: TrainConfig, total_steps: int, pace: Pace) -> Row:
-    """Add a row to the history and return it."""
+    """Add a row to the history and return it.
+
+    `tokens_per_second` counts the tokens with a label, of all processes, and the seconds since the
+    last row: sampling and saving are among them, measuring the held-out loss is not.
+    """
     row = {"step": run.step, "total_steps": total_steps, **run.watch.row()}
+    seconds = time.monotonic() - pace.since
     last = run.step == total_steps
     if config.eval_interval and (run.step % config.eval_interval == 0 or last or run.step == 1):
         row["heldout_loss"] = heldout_loss(run.model, task, config)
-    seconds = time.monotonic() - pace.since
     row["tokens_per_second"] = round(distributed.total(pace.tokens) / seconds)
     if task.rollout:
         row["rollout_share"] = round(pace.rolling / seconds, 3)
@@ -259,6 +261,7 @@ def optimizer_step(
 ) -> tuple[Tensor, Metrics, Tensor]:
     """One step on a group of batches; return loss and metrics over all of them, and the gradient's norm.
 
+    A gradient that is not finite, or a loss beyond the watch's limit, leaves everything as it is.
     Each batch's means are weighted by its share of what is counted in the whole group, which is
     that of all processes.
     """
@@ -283,9 +286,11 @@ def optimizer_step(
         run.scaler.unscale_(optimizer)
     limit = config.grad_clip or float("inf")
     grad_norm = distributed.whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit))
-    step_unless(~grad_norm.isfinite(), run.optimizers)
+    loss = figures.pop("loss")
+    good = grad_norm.isfinite() & loss.isfinite() & (loss <= run.watch.limit)
+    step_unless(~good, run.optimizers)
     run.scaler.update()
-    return figures.pop("loss"), figures, grad_norm
+    return loss, figures, grad_norm
 
 
 def step_unless(bad: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -355,12 +360,8 @@ def heldout_loss(model: MiniMind, task: Task, config: TrainConfig, limit: int = 
 
 def final_metrics(run: Run, task: Task, config: TrainConfig, seconds: float) -> dict[str, float]:
     """Return the figures that are stored with the weight."""
-    metrics = {
-        "loss": run.history[-1]["loss"],
-        "seconds": round(seconds, 1),
-        "steps": run.step,
-        **task.warnings,
-    }
+    metrics = {"loss": run.history[-1]["loss"], "seconds": round(seconds, 1), "steps": run.step}
+    metrics |= task.warnings
     if run.watch.skipped:
         metrics["skipped_steps"] = run.watch.skipped
     if len(task.heldout):
@@ -415,16 +416,32 @@ def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScal
     return torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
 
-def starting_point(config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
+def starting_point(stage: str, config: TrainConfig) -> tuple[MiniMind, Tokenizer, list[dict]]:
     """Return the model to train, its tokenizer, and the stages it has been through."""
+    tokenizer = starting_tokenizer(stage, config)
     if config.from_weight == "none":
-        tokenizer = Tokenizer.load(config.tokenizer_path)
         return MiniMind(model_config(config, tokenizer.vocab_size)), tokenizer, []
-    path = starting_weight(config)
-    model, sidecar = load_model(path)
-    tokenizer = Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    path = checkpoint.starting_weight(config)
+    model, sidecar = checkpoint.load_model(path)
     check_shape(model.config, config, path)
     return model, tokenizer, sidecar["stages"]
+
+
+def starting_tokenizer(stage: str, config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer of a run: its weight's, else the one that is given, else the stage's own.
+
+    UserError if there is none of them.
+    """
+    if config.from_weight != "none":
+        sidecar = checkpoint.load_sidecar(checkpoint.starting_weight(config))
+        return Tokenizer.from_json(json.dumps(sidecar["tokenizer"]))
+    if not config.tokenizer_path and stage in TOKENIZERS:
+        return TOKENIZERS[stage](config)
+    if not config.tokenizer_path:
+        raise UserError(
+            f"{stage} from nothing has no tokenizer. Give tokenizer_path or from_weight."
+        )
+    return Tokenizer.load(config.tokenizer_path)
 
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rope_theta",
@@ -448,8 +465,9 @@ def check_shape(model: ModelConfig, config: TrainConfig, path: Path) -> None:
 
 
 # Settings that may differ between the two halves of a run without changing its outcome.
-_FREE_TO_CHANGE = {"from_resume", "save_interval", "log_interval", "eval_interval", "out_dir", "device", "fsdp",
-                   "tracker", "use_wandb", "wandb_project", "skip_bad_steps", "gradient_checkpointing"}  # fmt: skip
+_FREE_TO_CHANGE = {"data_path", "eval_data_path", "out_dir", "device", "fsdp", "from_resume", "save_interval",
+                   "log_interval", "eval_interval", "tracker", "use_wandb", "wandb_project", "skip_bad_steps",
+                   "gradient_checkpointing"}  # fmt: skip
 
 
 def lasting_settings(config: TrainConfig) -> dict:
@@ -474,6 +492,7 @@ def save_resume(run: Run, task: Task, path: Path, config: TrainConfig, must: boo
         "watch": vars(run.watch),
         "tracker_id": run.tracker_id,
         "settings": lasting_settings(config),
+        "data": run.data,
         "random": {
             "cpu": torch.get_rng_state(),
             "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
@@ -481,7 +500,7 @@ def save_resume(run: Run, task: Task, path: Path, config: TrainConfig, must: boo
     }
     try:
         if distributed.is_first():
-            write_resume(path, point)
+            checkpoint.write_resume(path, point)
         run.saved_step = run.step
     except UserError as error:
         if must:
@@ -489,8 +508,21 @@ def save_resume(run: Run, task: Task, path: Path, config: TrainConfig, must: boo
         tqdm.write(f"Warning: {error} Training goes on; the next save tries again.")
 
 
+def go_on(run: Run, task: Task, path: Path, config: TrainConfig) -> None:
+    """Put a run back to its newest resume point, if there is one.
+
+    UserError if it is of other settings or data, or the processes do not find the same one.
+    """
+    found = checkpoint.newest_resume(path)
+    if found:
+        restore(run, task, *found, config)
+    distributed.check_same_step(run.step, path.parent)
+    if found and found[1] != path and distributed.is_first():
+        os.replace(found[1], path)  # else the next save would keep the damaged one, and not this
+
+
 def restore(run: Run, task: Task, point: dict, path: Path, config: TrainConfig) -> None:
-    """Put a run back to a resume point read from `path`. UserError if it is of other settings."""
+    """Put a run back to a resume point read from `path`. UserError if it is of other settings or data."""
     changed = [f"{name} was {point['settings'].get(name)!r} and is {value!r}"
                for name, value in lasting_settings(config).items()
                if name not in _FREE_TO_CHANGE and point["settings"].get(name) != value]  # fmt: skip
@@ -500,7 +532,12 @@ def restore(run: Run, task: Task, point: dict, path: Path, config: TrainConfig) 
             "settings (accumulation_steps counts those of all processes together), or from_resume=0 "
             "to start anew."
         )
-    load_state(run.model, distributed.share_weights(point["model"], run.model), path)
+    if point.get("data") != run.data:
+        raise UserError(
+            f"{path} belongs to a run on other data (then in {point['settings']['data_path']}) than "
+            f"{config.data_path} holds now. Give that data, under any name, or from_resume=0 to start anew."
+        )
+    checkpoint.load_state(run.model, distributed.share_weights(point["model"], run.model), path)
     for optimizer, state in zip(run.optimizers, point["optimizers"], strict=True):
         optimizer.load_state_dict(state)
         distributed.share_states(optimizer)

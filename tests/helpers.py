@@ -3,6 +3,8 @@
 import json
 import random
 
+import torch
+
 
 def write_lines(path, rows):
     path.write_text(
@@ -46,3 +48,11 @@ SMALL = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_seq_len=32, batch_size=4, dtype="float32",
     log_interval=1, save_interval=3, learning_rate=1e-3, accumulation_steps=2, epochs=2,
 )  # fmt: skip
+
+
+@torch.no_grad()
+def ends_now_and_then(model, eos_id):
+    """Give the end a chance everywhere, by a direction of the hidden states that is always there."""
+    model.model.embed_tokens.weight[:, 0], model.model.norm.weight[0] = 10.0, 1.0
+    model.lm_head.weight[eos_id] = 0.0
+    model.lm_head.weight[eos_id, 0] = 1.6

@@ -1,8 +1,8 @@
 """Kill -9 at random moments, over all stages: every run finishes bit-identical to an unbroken one.
 
-`python tests/kill_test.py --times 20` prints a log; under pytest it kills three times, or
+`python tests/kill_test.py --times 20` prints a log; under pytest it kills four times, or
 `MINIMIND_KILLS` times. Every second kill waits until a resume point or weight is being written.
-Fewer kills than stages take three stages that need no other one to come before them.
+Fewer kills than stages take four stages that need no other one to come before them.
 """
 
 import argparse
@@ -147,7 +147,7 @@ def kill_many(folder, times, seed):
     """Kill `times` runs, the stages in turn; how many were really killed, and how many came out equal."""
     alone = times < len(CONFIGS)
     runs, rng = Runs(folder, alone), random.Random(seed)
-    stages = ["pretrain", "sft", "spo"] if alone else list(CONFIGS)
+    stages = ["pretrain", "sft", "grpo", "spo"] if alone else list(CONFIGS)
     kills = same = number = 0
     while kills < times:
         stage = stages[kills % len(stages)]
@@ -159,7 +159,7 @@ def kill_many(folder, times, seed):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_kill_9_at_random_moments_changes_nothing():
-    times = int(os.environ.get("MINIMIND_KILLS", "3"))
+    times = int(os.environ.get("MINIMIND_KILLS", "4"))
     with tempfile.TemporaryDirectory(dir=RAM) as place:
         assert kill_many(place, times, seed=times) == (times, times)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimind import UserError
+from minimind import UserError, cli
 from minimind import bench as bench_module
 from minimind.bench import (
     bench,
@@ -19,6 +19,7 @@ from minimind.bench import (
     peak_flops,
     sampling_text,
     step_figures,
+    step_ratios,
     time_figures,
     transformers_twin,
     utilisation_figure,
@@ -93,10 +94,30 @@ def test_everything_is_measured_in_one_run(quick):
     assert values["compile time"] == 1.5
     gap = next(figure.note for figure in found if "transformers, float32" in figure.name and "/" in figure.name)  # fmt: skip
     assert float(gap.split()[-1]) < 1e-4
-    ratio = values["ours, float32"] / values["transformers, float32"]
-    assert values["ours, float32 / transformers, float32"] == pytest.approx(ratio)
     text = bench_text(found)
     assert "useful tokens/s" in text and "100M tokens" in text and "large matrix product" in text
+
+
+def test_ratios_are_printed_plainly_for_equal_precision():
+    times = {"ours, float32": 3.0, "transformers, float32": 4.5, "ours, bfloat16": 0.5,
+             "transformers, bfloat16": 1.0, "compiled, bfloat16": 0.25}  # fmt: skip
+    found = list(step_ratios(times, "bfloat16", 2e-6))
+    assert {figure.name: figure.value for figure in found} == {
+        "ours, float32 / transformers, float32": 1.5,
+        "ours, bfloat16 / transformers, bfloat16": 2.0,
+        "ours, bfloat16 / ours, float32": 6.0,
+        "compiled, bfloat16 / ours, bfloat16": 2.0,
+    }
+    line = next(
+        line for line in bench_text(found).splitlines() if "bfloat16 / ours, float32" in line
+    )
+    assert line.split()[-2:] == ["6.00", "times"]
+
+
+def test_a_gpu_gets_a_batch_that_fills_it(monkeypatch):
+    for there, rows in ((True, 32), (False, 2)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=there: there)
+        assert cli.parse(cli.Bench, [], "bench").batch_size == rows
 
 
 def test_what_is_left_out_is_not_measured(quick):
@@ -140,7 +161,8 @@ def test_the_table_of_cards_and_its_utilisation(quick, small_model):
     config = stage_config("pretrain", dtype="bfloat16", compile=1, **TINY)
     found = card_figures(config, 64, 1, "NVIDIA A100", {"one": (32, 1), "two": (64, 2)})
     assert [(f.part, f.name) for f in found] == [
-        ("card", "one"), ("utilisation", "one"), ("card", "two"), ("utilisation", "two")]  # fmt: skip
+        ("card", "one"), ("card", "one, peak memory"), ("utilisation", "one"),
+        ("card", "two"), ("card", "two, peak memory"), ("utilisation", "two")]  # fmt: skip
     model = small_model()
     figure = utilisation_figure("x", model, 12, 1e6, (1e13, "a card"))
     assert figure.value == pytest.approx(flops_per_token(model, 12) * 1e6 / 1e13 * 100)
@@ -153,11 +175,30 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert 50 < figure.value < ballast.nbytes / 2**20
 
 
-def test_padding_costs_what_it_should(quick):
-    """Five or more rows' worth of positions for every one that is useful: slower, whatever the load."""
-    config = stage_config("pretrain", dtype="float32", **TINY)
-    ours, padded, times = chat_figures(config, 64, 1)
-    assert times.value == pytest.approx(ours.value / padded.value) and times.value > 2
+def test_padding_costs_what_it_should(monkeypatch):
+    """On a clock that counts positions: what the rows' own arithmetic gives."""
+    positions = []
+
+    def counted(sides, repeats, device):
+        times = {}
+        for name, work in sides.items():
+            positions.clear()
+            work()
+            times[name] = sum(positions)
+        return times
+
+    monkeypatch.setattr(bench_module, "interleaved", counted)
+    monkeypatch.setattr(
+        bench_module, "optimizer_step", lambda run, group, *_: positions.append(group[0]["input_ids"].numel())
+    )  # fmt: skip
+    ours, padded, times = chat_figures(stage_config("pretrain", dtype="float32", **TINY), 64, 1)
+    assert 0.9 < ours.value <= 1 and 0 < padded.value < 1 / 8
+    assert times.value == pytest.approx(ours.value / padded.value) and times.value > 8
+
+
+def test_useful_tokens_take_less_time_than_padding(quick):
+    *_, times = chat_figures(stage_config("pretrain", dtype="float32", **TINY), 64, 3)
+    assert times.value > 8
 
 
 def test_the_time_table():

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 
@@ -171,6 +172,33 @@ def test_a_run_goes_on_from_the_point_before_bit_for_bit(damage, tmp_path, capsy
     again = minimind.train("pretrain", **settings, from_resume=1)
     assert "Going on from the point before" in capsys.readouterr().out
     assert [row["loss"] for row in again.history] == [row["loss"] for row in whole.history]
+    found = read_tensors(again.weight_path)
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it."""
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_after_falling_back_costs_nothing(renames, tmp_path, monkeypatch):
+    settings = settings_for(tmp_path, epochs=1)
+    whole = minimind.train("pretrain", **settings)
+    wanted = read_tensors(whole.weight_path)
+    point = tmp_path / "out/checkpoints/pretrain_32_resume.pth"
+    flip(point)
+    replace, left = os.replace, iter(range(renames))
+
+    def kill(source, target):
+        if "resume" in str(source) and next(left, None) is None:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", kill)
+        minimind.train("pretrain", **settings, from_resume=1)
+    assert newest_resume(point)[0]["step"] == 6
+    again = minimind.train("pretrain", **settings, from_resume=1)
     found = read_tensors(again.weight_path)
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
 

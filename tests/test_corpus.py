@@ -5,14 +5,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from helpers import SMALL, chats, texts, write_lines
 
 import minimind
 from minimind import Tokenizer, UserError, cli, corpus
+from minimind.checkpoint import fingerprint
 from minimind.config import data_samples
 from minimind.corpus import (
     HEADER,
@@ -86,9 +89,25 @@ def test_a_token_file_of_another_tokenizer_or_cut_off_is_refused(source, tokeniz
         read_tokens(path, tokenizer)
     with pytest.raises(UserError, match="There is no data file"):
         prepare(str(path.parent / "none.jsonl"), tokenizer)
+    content = Path(source).read_bytes()
+    with pytest.raises(UserError, match=r"text\.jsonl is the source itself"):
+        prepare(source, tokenizer, path.parent / ".." / path.parent.name / "text.jsonl")
+    assert Path(source).read_bytes() == content
     (path.parent / "e.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"e\.jsonl is empty"):
         prepare(path.parent / "e.jsonl", tokenizer)
+
+
+def test_many_processes_hash_the_source_at_once(source, tokenizer, monkeypatch):
+    prepare(source, tokenizer)
+    lock = FileLock(Path(source).with_suffix(".tokens.lock"))
+
+    def hash_of_file(path):
+        with lock.acquire(timeout=0):  # Timeout if the lock is held meanwhile
+            return fingerprint(path)
+
+    monkeypatch.setattr(corpus, "fingerprint", hash_of_file)
+    prepare(source, tokenizer)
 
 
 KILLED = """
@@ -192,16 +211,38 @@ def test_other_tokenizers_get_whole_texts(tokenizer):
 # The command, and training from it
 
 
-def test_the_command_trains_a_tokenizer_where_none_is_given(source, tmp_path, capsys):
+def test_the_command_trains_a_tokenizer_where_none_is_given(source, tmp_path):
     cli.dispatch(["prepare", "--data_path", source])
     tokenizer = Tokenizer.load(tmp_path / "text.tokenizer.json")
-    assert "--tokenizer_path" in capsys.readouterr().out
     tokens, _ = open_tokens(tmp_path / "text.tokens", tokenizer)
     assert np.array_equal(tokens, stream(source, tokenizer))
     made = (tmp_path / "text.tokenizer.json").stat().st_mtime_ns
     cli.dispatch(["prepare", "--data_path", source, "--to", str(tmp_path / "b.tokens")])
     assert (tmp_path / "text.tokenizer.json").stat().st_mtime_ns == made
     assert (tmp_path / "b.tokens").read_bytes() == (tmp_path / "text.tokens").read_bytes()
+
+
+def test_training_and_the_command_agree_on_the_tokenizer(source, tmp_path, monkeypatch):
+    cli.dispatch(["prepare", "--data_path", source])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("text.*")}
+    settings = {**SMALL, "epochs": 0.1, "out_dir": str(tmp_path / "out")}
+    for data_path in (source, str(tmp_path / "text.tokens")):
+        result = minimind.train("pretrain", data_path=data_path, **settings)
+        assert result.tokenizer.to_json() + "\n" == (tmp_path / "text.tokenizer.json").read_text()
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    with pytest.raises(UserError, match=r"no tokenizer at .*b\.tokenizer\.json"):
+        corpus.own_tokenizer(tmp_path / "b.tokens")
+
+
+def test_a_tokenizer_is_trained_again_when_its_source_has_changed(source, tmp_path, capsys):
+    first = corpus.own_tokenizer(source).to_json()
+    write_lines(tmp_path / "text.jsonl", [{"text": "quite other words stand here"}] * 9)
+    second = corpus.own_tokenizer(source).to_json()
+    assert second != first == corpus.own_tokenizer(write_lines(tmp_path / "text.jsonl", texts(300))).to_json()  # fmt: skip
+    assert capsys.readouterr().out.count("was made before its source changed") == 2
+    (tmp_path / "text.tokenizer.sha256").unlink()  # somebody's own, then
+    write_lines(tmp_path / "text.jsonl", [{"text": "quite other words stand here"}] * 9)
+    assert corpus.own_tokenizer(source).to_json() == first
 
 
 def test_a_tokenizer_sees_a_bounded_sample_of_the_source(source, monkeypatch):
@@ -249,7 +290,7 @@ def test_rows_come_from_the_file_and_only_when_asked_for(tmp_path, tokenizer):
     assert list(rows[[7, 2]]) == [whole[7], whole[2]]
     assert rows.lengths.tolist() == [len(example["input_ids"]) for example in whole]
     held = {name: value for name, value in vars(rows).items() if not callable(value)}
-    assert held.keys() == {"path", "offsets", "lengths", "faults", "columns"}
+    assert held.keys() == {"path", "offsets", "lengths", "faults", "sha256", "columns"}
     with pytest.raises(IndexError):
         rows[40]
 
@@ -271,6 +312,21 @@ def test_the_index_of_a_large_file_is_kept_beside_it(tmp_path, tokenizer, monkey
         list(first)
     (tmp_path / "c.chat.index.npz").write_bytes(b"damaged")
     assert len(read_chats(path, tokenizer, 16)) == 40 and len(calls) == 5
+
+
+def test_rows_are_looked_at_by_several_threads_and_stay_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "BLOCK", 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    path, together = write_lines(tmp_path / "c.jsonl", chats(40)), threading.Barrier(2, timeout=20)
+
+    def look(row):
+        together.wait()  # fails unless another row is looked at at the same time
+        text = row["conversations"][0]["content"]
+        return len(text), "short" if len(text) < 20 else None
+
+    wanted = [len(row["conversations"][0]["content"]) for row in chats(40)]
+    _, lengths, faults = index_rows(Path(path), check_conversation, look, False)
+    assert lengths.tolist() == wanted and faults["short"] == sum(n < 20 for n in wanted) > 0
 
 
 def test_an_index_takes_few_bytes_a_row(tmp_path):

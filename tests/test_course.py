@@ -1,9 +1,10 @@
 import json
+import math
 
 import pytest
 
 from minimind import UserError
-from minimind.course import STAGES_IN_ORDER, course, load_or_train
+from minimind.course import ABILITIES, STAGES_IN_ORDER, abilities, course, load_or_train
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,21 @@ def test_the_page_and_the_picture_are_written(report, folder):
     page = (folder / "report.md").read_text()
     assert "exact_match_person_unseen" in page and "## Chat" in page
     assert (folder / "report.png").stat().st_size > 5000
+
+
+def test_the_picture_has_every_figure_where_it_was_measured(report):
+    rows = abilities(report)
+    measures = {stage["stage"]: stage["measures"] for stage in report["stages"]}
+    for ability, names in ABILITIES.items():
+        assert set(names) <= set(rows[ability]), "a measure of this name is not in the report"
+    dpo, reason = measures["dpo"]["sft_exact_match"], measures["reason"]["answer"]
+    assert rows["questions"]["dpo"][:2] == (dpo["after"], dpo["baseline"])
+    before, baseline, raised = rows["chains of 2–5 operations"]["dpo"]
+    assert before == reason["before"] and math.isnan(baseline) and not raised
+    bits = measures["pretrain"]["bits_per_byte"]
+    assert rows["text: bits saved of 8"]["pretrain"] == (
+        1 - bits["after"] / 8, 1 - bits["baseline"] / 8, True
+    )  # fmt: skip
 
 
 def test_a_weight_is_found_or_made(report, folder, here):

@@ -1,6 +1,7 @@
 """Two processes must train as one does. One launch of torchrun serves all tests: it costs seconds."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -50,6 +51,11 @@ for stage, settings in jobs["runs"]:
     stops = settings.pop("stops", False)
     try: minimind.train(stage, callback=stop if stops else None, **settings)
     except guard.Interrupted as error: assert stops and "after step 2" in str(error)
+
+apart = {**jobs["apart"], "out_dir": f"apart_{distributed.rank()}"}  # each on a disk of its own
+minimind.train("pretrain", **apart)
+try: minimind.train("pretrain", **apart, from_resume=1)
+except minimind.UserError as error: print(error, flush=True)
 
 sys.argv[1:] = ["pretrain", "--data_path", "nowhere.jsonl"]
 try: cli.main()
@@ -150,11 +156,11 @@ def runs(tmp_path_factory):
         ("spo", settings("spo", "two_then_one", 1, stops=True)),
         ("distill", {"preset": "tiny", **needs}),
     ]
-    last = settings("pretrain", "killed", 1)
+    apart, last = settings("pretrain", "apart", 1), settings("pretrain", "killed", 1)
     last = ["pretrain"] + [
         part for name, value in last.items() for part in (f"--{name}", str(value))
     ]
-    (folder / "jobs.json").write_text(json.dumps({"runs": jobs, "last": last}))
+    (folder / "jobs.json").write_text(json.dumps({"runs": jobs, "apart": apart, "last": last}))
     (folder / "script.py").write_text(SCRIPT)
     launch = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -211,6 +217,13 @@ def test_a_teacher_that_is_absent_is_trained_by_all(runs):
 def test_an_error_of_all_is_said_once(runs):
     assert runs.output.count("There is no data file nowhere.jsonl") == 1
     assert runs.output.count("code 2") == 2
+
+
+def test_processes_without_a_shared_folder_do_not_go_on(runs):
+    for rank in (0, 1):
+        said = rf"different steps in apart_{rank}/checkpoints \(\[\d+, 0\].*folder that all machines share"
+        assert re.search(said, runs.output)
+    assert not (runs.folder / "apart_1/checkpoints").exists()
 
 
 def test_a_killed_process_stops_the_others_with_a_message(runs):

@@ -177,6 +177,13 @@ def test_no_site_and_no_such_source(site, tmp_path, monkeypatch):
         download("dpo", tmp_path, "hugingface")
 
 
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_missing_package_is_not_a_missing_network(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"^This needs the package huggingface_hub: pip install"):
+        download("dpo", tmp_path, source)
+
+
 def test_the_command_asks_the_mirror_that_hf_endpoint_names(site, tmp_path):
     environment = {
         **os.environ,

@@ -52,9 +52,11 @@ def test_an_error_in_the_thread_reaches_the_loop(pinned):
         next(one_ahead(fails, [7], CUDA))
 
 
-def test_a_batch_on_the_device_knows_its_labelled_places():
+def test_a_batch_on_the_device_knows_its_labelled_places(pinned):
     rows = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
             {"input_ids": [4, 5], "labels": [4, -100]}]  # fmt: skip
+    (batch,) = next(one_ahead(lambda n: [pad_batch(rows, 0)], [1], CUDA))  # found in the thread
+    assert len(pinned) == 3 and batch["places"].tolist() == [0, 1]
     batch = to_device(pad_batch(rows, 0), CPU)
     assert batch["places"].tolist() == [0, 1]
     assert torch.equal(batch["places"], labelled_places(batch["labels"]))

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from minimind import UserError, chat, generate
-from minimind.generate import next_token_probabilities, row_streams, sample, sample_rollouts
+from minimind.generate import (
+    next_token_probabilities,
+    row_streams,
+    sample,
+    sample_rollouts,
+    stream,
+)
 from minimind.reader import Reader
 
 
@@ -79,6 +85,23 @@ def test_empty_prompts_are_refused(prompts, small_model):
 def test_a_prompt_that_leaves_no_room_is_refused(small_model):
     with pytest.raises(UserError, match="max_position_embeddings=16"):
         generate(small_model(max_position_embeddings=16), [[1] * 10], 7)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"seed": -1}, "seed=-1"), ({"top_p": 0.0}, r"top_p=0\.0"),
+     ({"top_p": 1.2}, r"top_p=1\.2"), ({"top_p": float("nan")}, "top_p=nan"), ({"top_k": -3}, "top_k=-3"),
+     ({"temperature": -0.5}, r"temperature=-0\.5"), ({"temperature": float("inf")}, "temperature=inf")],
+)  # fmt: skip
+def test_settings_that_nothing_can_be_sampled_with_are_named(change, words, small_model):
+    settings = {"max_new_tokens": 3, **change}
+    with pytest.raises(UserError, match=words):
+        generate(small_model(), [[1, 2]], **settings)
+    with pytest.raises(UserError, match=words):
+        next(stream(small_model(), [1, 2], **settings))
+    if "top_p" not in change and "top_k" not in change and "temperature" not in change:
+        with pytest.raises(UserError, match=words):
+            sample_rollouts(small_model(), [[1, 2]], 2, eos_id=2, **settings)
 
 
 def test_chat_returns_text(small_model, tokenizer):

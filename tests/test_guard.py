@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from helpers import SMALL, texts, write_lines
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind
 from minimind import UserError
@@ -99,8 +100,11 @@ def test_the_examples_that_the_diagnosis_names_hold_the_bad_one(tmp_path, monkey
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_bad_step_is_skipped_when_asked_and_changes_nothing(optimizer, tmp_path, monkeypatch):
-    spoil(monkeypatch, calls={7})
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+def test_a_bad_step_is_skipped_when_asked_and_changes_nothing(
+    optimizer, factor, tmp_path, monkeypatch, capsys
+):
+    spoil(monkeypatch, calls={7}, factor=factor)
     weights = {}
 
     def keep(step, model):
@@ -113,7 +117,8 @@ def test_a_bad_step_is_skipped_when_asked_and_changes_nothing(optimizer, tmp_pat
     assert result.metrics["skipped_steps"] == 1 and finite(weights[5])
     rows = {row["step"]: row for row in result.history}
     assert "skipped_steps" not in rows[2] and rows[4]["skipped_steps"] == 1
-    assert all(math.isfinite(row["loss"]) for row in result.history)  # row 4 shows step 3's
+    assert all(row["loss"] < 10 for row in result.history)  # row 4 shows step 3's
+    assert capsys.readouterr().out.count("Step 4 skipped: loss ") == 1
 
 
 def test_skipping_ends_when_no_step_is_good(tmp_path, monkeypatch):
@@ -146,15 +151,31 @@ def test_figures_wait_on_the_device_and_the_first_bad_step_is_named():
     """On a GPU nobody looks before a row of the log or a save."""
     watch, config = Watch(), stage_config("pretrain", device="cpu")
     for step, loss in enumerate([5.0, 4.0, math.nan, math.nan, 3.0], start=1):
-        figures = {"step": step, "lr": 1e-3, "loss": torch.tensor(loss)}
+        figures = {"step": step, "lr": 1e-3, "loss": torch.tensor(loss), "limit": 1e3}
         watch.pending.append({**figures, "grad_norm": torch.tensor(1.0)})
     why, figures = watch.look(config)
     assert why == "the loss is nan" and figures["step"] == 3 and watch.recent == [5.0, 4.0]
 
 
+def test_all_figures_come_to_the_host_in_one_copy():
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.overloadpacket is not torch.ops.aten._local_scalar_dense  # float(tensor)
+            return func(*args, **(kwargs or {}))
+
+    watch = Watch()
+    for step in range(1, 4):
+        named = {name: torch.tensor(step + 0.5) for name in ("loss", "grad_norm", "kl")}
+        watch.pending.append({"step": step, "lr": 1e-3, **named})
+    with Copies():
+        assert watch.look(stage_config("pretrain", device="cpu")) is None
+    assert watch.row() == {"loss": 3.5, "lr": 1e-3, "grad_norm": 3.5, "kl": 2.5}
+
+
 def test_weights_that_have_overflowed_are_not_saved(small_model):
     run, config = make_run(small_model())
-    run.watch.pending.append({"step": 1, "lr": 1e-3, "loss": 2.0, "grad_norm": 1.0})
+    figures = {"step": 1, "lr": 1e-3, "loss": 2.0, "grad_norm": 1.0, "limit": math.inf}
+    run.watch.pending.append(figures)
     check_finite(run, config, lambda step: [], with_weights=True)
     run.model.model.norm.weight.data[3] = math.inf
     with pytest.raises(UserError, match=r"1 weights are not finite.*model.norm.weight"):
@@ -269,6 +290,21 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
     began = time.monotonic()
     process.communicate(timeout=30)
     assert process.returncode != 0 and time.monotonic() - began < 10
+
+
+TOLD_AGAIN = """
+import signal, sys, minimind, json
+minimind.train("pretrain", callback=lambda step, model: step == 2 and [signal.raise_signal(15) for _ in range(3)],
+               **json.loads(sys.argv[1]))
+"""
+
+
+def test_more_sigterms_lose_nothing(tmp_path):
+    command = [sys.executable, "-c", TOLD_AGAIN, json.dumps(settings_for(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "Stopped by SIGTERM after step 3 of 14" in done.stderr
+    assert done.stderr.count("Stopping after this step") == 1
+    assert read_tensors(tmp_path / "out/checkpoints/pretrain_32_resume.pth")["step"] == 3
 
 
 def test_an_interrupted_notebook_shows_one_line(tmp_path):

@@ -4,7 +4,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind import losses
 from minimind.losses import label_logps, labelled_places, token_logps
+from minimind.stages.common import batch_logps
+from minimind.stages.distill import chunked_loss, distillation_loss
 from minimind.stages.pretrain import language_model_loss, next_token_loss
+from minimind.stages.reason import reasoning_loss, tag_weights, weighted_token_loss
 
 V = 120
 
@@ -44,8 +47,8 @@ def test_log_probabilities_in_chunks(small_model, monkeypatch):
     monkeypatch.setattr(losses, "ONE_CHUNK", 4 * V)
     places = labelled_places(data["labels"])
     assert 0 < len(places) < data["labels"].numel() * 0.6
-    for given in (places, None):
-        found = model(data["input_ids"], labels=data["labels"], places=given)
+    for given in ({"places": places}, {}):
+        found = batch_logps(model, {**data, **given})
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
 
 
@@ -73,6 +76,49 @@ class Largest(TorchDispatchMode):
         if isinstance(out, torch.Tensor) and out.shape[-1:] == (V,) and not is_weight:
             self.rows = max(self.rows, out.numel() // V)
         return out
+
+
+def test_reasoning_computes_its_logits_once_and_in_chunks(small_model, monkeypatch):
+    model, data = small_model(), batch(share=0.6)
+    tags, logits = {"a": 3, "b": 50}, model(data["input_ids"])
+    labels, weights = data["labels"], tag_weights(data["labels"], [3, 50])
+    every, only = tag_weights(labels, [3, 50], 1.0), tag_weights(labels, [3, 50], 2.0)
+    expected = weighted_token_loss(logits, labels, weights)
+    wanted = gradients(model, expected)
+    for small in (losses.SMALL, 0):
+        monkeypatch.setattr(losses, "SMALL", small)
+        monkeypatch.setattr(losses, "ONE_CHUNK", 4 * V)
+        with Largest() as largest:
+            loss, metrics = reasoning_loss(model, data, tags, 10.0, "tokens")
+            found = gradients(model, loss)
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+        for name, extra in (("nll", every), ("tag_nll", only - every)):
+            value = weighted_token_loss(logits, labels, extra, "weights")
+            torch.testing.assert_close(metrics[name], value, atol=1e-6, rtol=0)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=0)
+    assert largest.rows == 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_distillation_has_both_models_logits_in_chunks(share, small_model, monkeypatch):
+    student, teacher = small_model(), small_model(num_hidden_layers=1).requires_grad_(False)
+    data = batch(share=share)
+    logits = [model(data["input_ids"]) for model in (student, teacher)]
+    expected, parts = distillation_loss(*logits, data["labels"], 0.3, 1.5)
+    wanted = gradients(student, expected)
+    for small in (losses.SMALL, 0):
+        monkeypatch.setattr(losses, "SMALL", small)
+        monkeypatch.setattr(losses, "ONE_CHUNK", 6 * V)
+        with Largest() as largest:
+            loss, found = chunked_loss(student, teacher, data, 0.3, 1.5)
+            gradient = gradients(student, loss)
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+        for name in parts:
+            torch.testing.assert_close(found[name], parts[name], atol=1e-6, rtol=0)
+        for name in wanted:
+            torch.testing.assert_close(gradient[name], wanted[name], atol=1e-6, rtol=0)
+    assert largest.rows == (3 if share else 0)  # the student's, and as many of the teacher's
 
 
 def test_no_more_logits_than_one_chunk_forward_or_backward(small_model, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -59,9 +60,14 @@ def test_format_and_tag_counts(text, form, tags):
 def test_length_and_repetition_cost():
     assert length_reward("") == 0 and length_reward("x" * 50) == -0.25
     assert length_reward("x" * 201) == length_reward("x" * 9999) == -1
-    assert repetition_reward("") == repetition_reward("a b") == repetition_reward("a b c d") == 0
-    assert repetition_reward("a b c a b c") == pytest.approx(-1 / 4)  # 4 trigrams, 3 different
-    assert repetition_reward("ha " * 100) == pytest.approx(1 / 98 - 1)
+    assert repetition_reward("") == repetition_reward("a b") == repetition_reward(GOOD) == 0
+    assert repetition_reward("abcdabcd", n=4) == pytest.approx(-1 / 5)  # 5 of them, 4 different
+    assert repetition_reward("ha " * 100) == pytest.approx(3 / 293 - 1)
+
+
+@pytest.mark.parametrize("text", ["b+2=6;" * 50, "今天天气很好。" * 30])
+def test_what_has_no_spaces_can_repeat_itself_too(text):
+    assert repetition_reward(text) < -0.9
 
 
 def test_rewards_add_up_by_name_and_weight():
@@ -70,11 +76,23 @@ def test_rewards_add_up_by_name_and_weight():
     assert parts["exact"].tolist() == [1, 0, 0] and parts["format"].tolist() == [0.5, 0.5, 0]
     cost = [0.5 * length_reward(text) for text in (GOOD, GOOD, "3")]
     torch.testing.assert_close(total, torch.tensor([2.5 + cost[0], 0.5 + cost[1], cost[2]]))
-    assert rewards.span == (-0.5, 2.5)
+    low, high = rewards.spans([row(answer="3"), row()])
+    assert low.tolist() == [-0.5, -0.5] and high.tolist() == [2.5, 0.5]
+
+
+def test_what_a_row_can_get_depends_on_whether_it_can_be_verified():
+    judge = lambda rows, texts: [0.0] * len(rows)  # noqa: E731
+    rewards = Rewards(
+        [("exact", 1.0), ("reward_model", 1.0, judge), ("format", 1.0), ("tags", 1.0)]
+    )
+    low, high = rewards.spans([row(answer="3"), row()])
+    assert low.tolist() == [0, -3] and high.tolist() == [2.5, 4.5]
+    low, high = Rewards([("exact", -2.0), ("mine", 3.0, judge)]).spans([row(answer="3")])
+    assert (low.item(), high.item()) == (-2, 3)
 
 
 def test_every_named_reward_stays_in_its_span():
-    assert set(SPANS) == set(REWARDS)
+    assert set(SPANS) == {*REWARDS, "reward_model"}
     for name in REWARDS:
         for text in (GOOD, GOOD * 50, "", "ha " * 500):
             (value,), _ = Rewards([(name, 1.0)])([row(answer="3")], [text])
@@ -94,8 +112,26 @@ def returns(values):
 )  # fmt: skip
 def test_a_wrong_number_of_rewards_or_no_number_is_refused(values, word):
     with pytest.raises(UserError, match=word) as error:
-        Rewards([(returns(values), 1.0)])([row(), row()], ["a", "b"])
-    assert "'part'" in str(error.value)
+        Rewards([("mine", 1.0, returns(values))])([row(), row()], ["a", "b"])
+    assert "'mine'" in str(error.value)
+
+
+def test_a_reward_of_ones_own_keeps_to_its_span():
+    with pytest.raises(UserError, match=r"'mine' of answer 1 is 1\.5.* from 0 to 1"):
+        Rewards([("mine", 1.0, returns([0.5, 1.5]))])([row(), row()], ["a", "b"])
+    with pytest.raises(UserError, match=r"'reward_model' of answer 0 is -4.* from -3 to 3"):
+        Rewards([("reward_model", 1.0, returns([-4.0]))])([row()], ["a"])
+
+
+def test_two_functions_have_two_names_and_one_name_is_given_once():
+    total, parts = Rewards([("one", 1.0, returns([0.25])), ("two", 2.0, returns([0.5]))])(
+        [row()], ["a"]
+    )
+    assert total.tolist() == [1.25] and parts["one"].tolist() == [0.25]
+    short = partial(lambda rows, texts, value: [value], value=1.0)  # has no __name__
+    assert Rewards([("short", 1.0, short)])([row()], ["a"])[0].tolist() == [1]
+    with pytest.raises(UserError, match="called 'exact'"):
+        Rewards([("exact", 1.0), ("exact", 0.5)])
 
 
 def test_an_unknown_reward_lists_the_near_ones():
@@ -214,7 +250,9 @@ def test_a_classifier_with_one_label_scores_the_templated_conversation(tmp_path,
         model(torch.tensor([tokenizer.encode_chat(talk)])).logits.item() for talk in TALKS
     ]  # our template is the folder's
     torch.testing.assert_close(score(TALKS), torch.tensor(expected), atol=1e-5, rtol=0)
-    rewards, _ = Rewards([(LearnedReward(score), 1.0)])([row("Hello!")], ["Good day to you."])
+    rewards, _ = Rewards([("reward_model", 1.0, LearnedReward(score))])(
+        [row("Hello!")], ["Good day to you."]
+    )
     torch.testing.assert_close(rewards, torch.tensor(expected[:1]), atol=1e-5, rtol=0)
 
 

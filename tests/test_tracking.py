@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+import subprocess
 import sys
 import types
 
@@ -36,6 +37,7 @@ class FakeRun:
 
     def __init__(self, **given):
         self.given, self.rows, self.finished = given, [], False
+        self.offline = given.get("mode") == "offline"
 
     def log(self, row, step):
         self.rows.append((step, row["loss"]))
@@ -107,7 +109,7 @@ def test_wandb_stays_offline_without_a_key_or_a_network(key, why, monkeypatch, c
         calls.append((mode, settings, given))
         if mode != "offline":
             raise NoNetwork("lookup api.wandb.ai: no such host\nand more lines")
-        return FakeRun(**given)
+        return FakeRun(mode=mode, **given)
 
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -124,7 +126,8 @@ def test_wandb_stays_offline_without_a_key_or_a_network(key, why, monkeypatch, c
     assert [mode for mode, _, _ in calls] == ([None, "teardown"] if key else []) + ["offline"]
     assert all(settings["init_timeout"] <= 30 for mode, settings, _ in calls if mode is None)
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and why in printed and "wandb sync" in printed
+    assert printed.count("\n") == 1 and why in printed
+    assert printed.endswith("wandb sync wandb/offline-run-*-abc\n")
 
 
 def installed(name):
@@ -133,13 +136,22 @@ def installed(name):
 
 
 @installed("wandb")
-def test_real_wandb_offline(tmp_path, monkeypatch):
+def test_real_wandb_offline(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     train_in_two_parts(tmp_path, use_wandb=1, wandb_project="ours")
-    parts = [path.name.split("-")[-1] for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(parts) == 2 and len(set(parts)) == 1
+    commands = {
+        line.split("later with: ")[1]
+        for line in capsys.readouterr().out.splitlines()
+        if "later with" in line
+    }
+    (command,) = commands  # of both parts the same
+    assert command.startswith("wandb sync wandb/offline-run-*-")
+    dry = subprocess.run(
+        f"{sys.executable} -m {command} --dry-run", shell=True, capture_output=True, text=True
+    )
+    assert "Would sync 2 run(s)" in dry.stdout + dry.stderr
 
 
 @installed("tensorboard")

@@ -1,6 +1,10 @@
 import json
 import math
+import random
+import shutil
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +12,23 @@ from helpers import SMALL, chats, texts, write_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minimind
-from minimind import UserError
-from minimind.checkpoint import read_tensors
+from minimind import UserError, trainer
+from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import data_samples, stage_config
 from minimind.data import pad_batch
+from minimind.feed import to_device
 from minimind.losses import labelled_places
+from minimind.stages import STAGES
 from minimind.stages.pretrain import count_labels, language_model_loss, pretrain_task
 from minimind.stages.task import Task
-from minimind.trainer import Run, learning_rate, make_optimizers, make_scaler, optimizer_step
+from minimind.trainer import (
+    Run,
+    learning_rate,
+    make_optimizers,
+    make_scaler,
+    optimizer_step,
+    starting_point,
+)
 
 TASK = Task([], [], [], list, language_model_loss, count_labels)
 
@@ -53,6 +66,35 @@ def test_accumulated_batches_of_unequal_length_give_the_gradient_of_the_big_batc
     assert abs(mean_of_means - big_loss) > 1e-3  # the wrong way would be seen
 
 
+def test_the_full_preset_is_the_guides_model(tmp_path):
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(3, 9))) for _ in range(4000)]
+    rows = [{"text": " ".join(rng.choices(words, k=50))} for _ in range(400)]
+    config = stage_config("pretrain", data_path=write_lines(tmp_path / "text.jsonl", rows))
+    model, tokenizer, _ = starting_point("pretrain", config)
+    assert (tokenizer.vocab_size, model.num_parameters) == (6400, 25_829_888)
+
+
+def test_no_stage_after_pretraining_is_told_the_tokenizer(tmp_path):
+    settings = {
+        n: v for n, v in settings_for(tmp_path, epochs=0.2).items() if n != "tokenizer_path"
+    }
+    chat_path = write_lines(tmp_path / "chats.jsonl", chats())
+    first = minimind.train("pretrain", **settings).tokenizer
+    assert first.vocab_size < 1536  # its own, not the course's
+    result = minimind.train("sft", **{**settings, "data_path": chat_path})
+    model, tokenizer = minimind.load("full_sft", settings["out_dir"])
+    assert result.tokenizer.to_json() == tokenizer.to_json() == first.to_json()
+    question = [{"role": "user", "content": "say na"}]
+    assert isinstance(minimind.chat(model, tokenizer, question, max_new_tokens=4), str)
+    student = {n: v for n, v in settings.items() if n not in ("hidden_size", "num_hidden_layers")}
+    student |= {"data_path": chat_path, "student_hidden_size": 16, "student_num_layers": 1,
+                "teacher_hidden_size": 32, "teacher_num_layers": 2}  # fmt: skip
+    assert minimind.train("distill", **student).tokenizer.to_json() == first.to_json()
+    with pytest.raises(UserError, match=r"sft from nothing has no tokenizer\. Give tokenizer_path"):
+        minimind.train("sft", **{**settings, "data_path": chat_path, "from_weight": "none"})
+
+
 class Waiting(TorchDispatchMode):
     """Refuses what makes the host wait for the device: reading a value, counting, copying back."""
 
@@ -61,6 +103,9 @@ class Waiting(TorchDispatchMode):
             torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
             torch.ops.aten.is_nonzero, torch.ops.aten.equal,
         ), func  # fmt: skip
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put):
+            places = [index for index in args[1] if index is not None]
+            assert not any(index.dtype in (torch.bool, torch.uint8) for index in places), func
         return func(*args, **(kwargs or {}))
 
 
@@ -83,6 +128,27 @@ def test_a_step_never_waits_for_the_device(dtype, large, small_model, monkeypatc
             optimizer_step(run, [batch, batch], task, 1e-3, config)
         with pytest.raises(AssertionError):  # what is refused would be seen
             float(ids[0, 0])
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "lora", "dpo", "reward", "reason", "distill"])
+def test_no_loss_waits_for_the_device(stage, large, small_model, tokenizer, tmp_path, monkeypatch):
+    if large:
+        monkeypatch.setattr("minimind.losses.SMALL", 0)
+        monkeypatch.setattr("minimind.losses.ONE_CHUNK", 20 * tokenizer.vocab_size)
+    model = small_model(vocab_size=tokenizer.vocab_size)
+    base = tmp_path / "full_sft_64.pth"
+    save_weight(base, model, tokenizer, [], {})
+    start = {"from_weight": str(base)}
+    if stage == "distill":
+        start = {"teacher_hidden_size": 64, "teacher_num_layers": 3, "student_num_layers": 3}
+    config = stage_config(stage, "tiny", **start, out_dir=str(tmp_path), eval_data_path="")
+    task = STAGES[stage](config, model, tokenizer)
+    batch = to_device(task.collate([task.train[i] for i in range(4)]), model.device)
+    with Waiting():
+        task.loss(model.train(), batch)[0].backward()
+        with pytest.raises(AssertionError):
+            batch["labels"][batch["labels"] > 0]
 
 
 def test_the_schedule():
@@ -121,6 +187,40 @@ def test_a_resume_point_of_other_settings_is_refused(tmp_path):
     minimind.train("pretrain", **settings)
     with pytest.raises(UserError, match=r"learning_rate was 0.001 and is 0.002"):
         minimind.train("pretrain", **{**settings, "learning_rate": 2e-3, "from_resume": 1})
+
+
+def test_a_run_knows_its_data_by_content_not_by_name(tmp_path, tokenizer):
+    for stage, other in (("pretrain", texts(60, seed=5)), ("sft", chats(30, seed=5))):
+        settings = settings_for(tmp_path, stage, from_weight="none", epochs=1)
+        weight = minimind.train(stage, **settings).weight_path.read_bytes()
+        path = Path(settings["data_path"])
+        names = [str(shutil.copy(path, tmp_path / "copy.jsonl"))]
+        if stage == "pretrain":
+            names.append(str(minimind.corpus.prepare(path, tokenizer, tmp_path / "copy.tokens")))
+        for name in names:
+            again = minimind.train(stage, **{**settings, "data_path": name, "from_resume": 1})
+            assert again.weight_path.read_bytes() == weight
+        write_lines(path, other)
+        with pytest.raises(
+            UserError, match=rf"other data .*{path.name}.* holds now.*from_resume=0"
+        ):
+            minimind.train(stage, **settings, from_resume=1)
+
+
+def test_the_speed_is_that_of_training_and_of_labels(small_model, monkeypatch):
+    config = stage_config("sft", dtype="float32", device="cpu", eval_interval=1)
+    run = Run(small_model(), [], make_scaler(config, torch.device("cpu")))
+    labels = torch.tensor([[5, 5, 5, -100], [-100, -100, 5, 5]])  # the first 5 is never predicted
+    batch = {"input_ids": labels.abs(), "labels": labels}
+    step = torch.tensor(1.0), {}, torch.tensor(1.0)
+    monkeypatch.setattr(trainer, "optimizer_step", lambda *_: step)
+    monkeypatch.setattr(trainer, "heldout_loss", lambda *_: time.sleep(1) or 0.0)
+    pace = trainer.Pace(since=time.monotonic() - 1)
+    trainer.take_step(run, TASK, [batch, {**batch, "idle": torch.tensor(True)}], 1e-3, config, pace)
+    assert pace.tokens == 4
+    pace.tokens = 10_000
+    row = trainer.log_row(run, TASK, config, 9, pace)
+    assert row["heldout_loss"] == 0.0 and row["tokens_per_second"] > 7500  # 5000 with that second
 
 
 def test_training_lowers_the_loss_and_logs_it(tmp_path):

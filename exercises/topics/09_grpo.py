@@ -560,7 +560,8 @@ def last_answer_counts(text, answer):
 
 
 def first_answer_counts(text, answer):
-    """You read the first answer and do not ask what else was written."""
+    """You read the first answer and do not ask what else was written. (So does the package's `exact`: nothing
+    can be won there by a second answer. Here the whole text is to be of the form.)"""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return float(found is not None and found[1].strip() == answer)
 
@@ -597,7 +598,10 @@ like to pay for short answers, and what would the policy make of it?
     mistakes=[contained, form_pays_most, tags_counted_apart, last_answer_counts, first_answer_counts,
               spaces_matter],
     discussion="Every reward that was ever used has been cheated; see *Concrete problems in AI safety* (arXiv "
-    "1606.06565, section 4). What helps: pay for what can be verified, and read samples.",
+    "1606.06565, section 4). What helps: pay for what can be verified, and read samples. The package's `exact` is "
+    "laxer than yours: it reads the first answer and ignores the rest. A second answer cannot win anything, so no "
+    "policy learns to write one for it; but it is not punished either, and whoever reads the *last* answer, or any, "
+    "pays for a guess more.",
 )  # fmt: skip
 
 EXERCISES = [GROUP_ADVANTAGES, K3, PASS_AT_K, GRPO_LOSS, HONEST_REWARD]

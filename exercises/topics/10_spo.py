@@ -106,7 +106,8 @@ belief hold at most, when each is worth 1 and all shrink by 0.96 between two of 
     mistakes=[forgotten_instead, grows, to_the_base_e, upside_down, no_limits, only_from_below,
               only_from_above],
     discussion="At rest ρ = 0.96: the counts add up to 1 + 0.96 + 0.96² + … = 1/(1 - 0.96) = 25 answers. At the "
-    "other limit, 0.5, it is 2. Those two numbers are the longest and the shortest memory.",
+    "other limit, 0.5, it is 2. Those two numbers are the longest and the shortest memory of a prompt that is "
+    "answered once between two updates; a key with n answers each time remembers n times as many.",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ def training_memory(parameters: int, hidden: int, wide: int, layers: int, vocab:
 
     12 bytes a parameter for the weight and two moments, and the larger of two things that are
     never there together: the gradients (4 bytes a parameter), or what the backward pass needs:
-    for each token 11·hidden + 4·wide numbers in every layer, and 3·vocab for the logits.
+    for each token 11·hidden + 4·wide numbers in every layer, and three copies of the logits, of
+    which at most 2**23 are there at once: the rest come in later chunks.
 
     Args:
         hidden, wide: size of the residual stream and of the feed-forward.
@@ -33,7 +34,8 @@ def training_memory(parameters: int, hidden: int, wide: int, layers: int, vocab:
     """
     ### BEGIN SOLUTION
     tokens = rows * length
-    kept = 4 * tokens * (layers * (11 * hidden + 4 * wide) + 3 * vocab)
+    activations = 4 * tokens * layers * (11 * hidden + 4 * wide)
+    kept = activations + 12 * min(tokens * vocab, 2**23)
     return 12 * parameters + max(4 * parameters, kept)
     ### END SOLUTION
 
@@ -55,7 +57,8 @@ def memory_cases(seed: int) -> list[tuple]:
 
 
 def kept_for_backward(hidden, wide, layers, vocab, rows, length):
-    return 4 * rows * length * (layers * (11 * hidden + 4 * wide) + 3 * vocab)
+    tokens = rows * length
+    return 4 * tokens * layers * (11 * hidden + 4 * wide) + 12 * min(tokens * vocab, 2**23)
 
 
 def everything_at_once(parameters, hidden, wide, layers, vocab, rows, length):
@@ -83,8 +86,14 @@ def logits_forgotten(parameters, hidden, wide, layers, vocab, rows, length):
 
 def logits_in_every_layer(parameters, hidden, wide, layers, vocab, rows, length):
     """You count the logits in every layer; they are made once, after the last one."""
-    per_layer = 11 * hidden + 4 * wide + 3 * vocab
-    return 12 * parameters + max(4 * parameters, 4 * rows * length * layers * per_layer)
+    per_layer = kept_for_backward(hidden, wide, 1, vocab, rows, length)
+    return 12 * parameters + max(4 * parameters, layers * per_layer)
+
+
+def all_logits_at_once(parameters, hidden, wide, layers, vocab, rows, length):
+    """You keep the logits of the whole batch; they come in chunks, and a chunk is made again."""
+    kept = kept_for_backward(hidden, wide, layers, 0, rows, length)
+    return 12 * parameters + max(4 * parameters, kept + 12 * rows * length * vocab)
 
 
 def one_layer(parameters, hidden, wide, layers, vocab, rows, length):
@@ -115,21 +124,21 @@ TRAINING_MEMORY = Exercise(
     statement=r"""
 Before you rent a machine, you want to know what a step needs:
 
-$$12N + \max\big(4N,\ 4\,B\,T\,(L\,(11C + 4I) + 3V)\big) \text{ bytes}$$
+$$12N + \max\big(4N,\ 4\,B\,T\,L\,(11C + 4I) + 12 \min(B\,T\,V,\ 2^{23})\big) \text{ bytes}$$
 
 with $N$ parameters, $B$ rows of $T$ tokens, $L$ layers of hidden size $C$ and feed-forward width
-$I$ (`wide`), and $V$ tokens in the vocabulary.
+$I$ (`wide`), and $V$ tokens in the vocabulary. Of the logits at most $2^{23}$ are there at once.
 
 **Before you write:** for a 26M model with 32 rows of 340 tokens, which side of the max is larger?
 And with one row of 16 tokens?
 """,
     hints=[
         "Three parts: what each parameter needs for itself, what each token needs in each layer, what "
-        "each token needs once.",
+        "the logits need, chunk by chunk.",
         "Compute the bytes kept for the backward pass first, then take the max with the gradients.",
     ],
     mistakes=[everything_at_once, without_moments, one_moment, logits_forgotten,
-              logits_in_every_layer, one_layer, numbers_for_bytes, one_row],
+              logits_in_every_layer, all_logits_at_once, one_layer, numbers_for_bytes, one_row],
     discussion="Only the right side of the max shrinks with the batch. When even one row does not fit, "
     "the ways out are gradient checkpointing (keep less, compute it again) and FSDP (spread 16N over cards).",
 )  # fmt: skip

@@ -3,13 +3,15 @@
 `STAGES` maps a stage's name to the function that makes its `Task` from the settings, the model
 (with its starting weights, on its device) and the tokenizer. `NEEDS` maps a stage to the function
 that names the runs (stage, settings) which must come first, if what they make is absent.
+`TOKENIZERS` maps a stage to the function that finds the tokenizer of a run which starts from
+nothing and names none.
 """
 
-from minimind.stages.distill import distill_task, missing_teacher
+from minimind.stages.distill import distill_task, missing_teacher, teacher_tokenizer
 from minimind.stages.dpo import dpo_task
 from minimind.stages.grpo import grpo_task
 from minimind.stages.lora import lora_task
-from minimind.stages.pretrain import pretrain_task
+from minimind.stages.pretrain import pretrain_task, text_tokenizer
 from minimind.stages.reason import reason_task
 from minimind.stages.reward import reward_task
 from minimind.stages.sft import sft_task
@@ -27,3 +29,4 @@ STAGES = {
     "distill": distill_task,
 }
 NEEDS = {"distill": missing_teacher}
+TOKENIZERS = {"pretrain": text_tokenizer, "distill": teacher_tokenizer}

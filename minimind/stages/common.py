@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 from torch import Tensor, nn
 
 from minimind.data import Batch
+from minimind.losses import label_logps
 
 
 def batch_logps(model: nn.Module, batch: Batch) -> Tensor:
     """Return ln p of every label of a batch under the model, (B, T-1), as `token_logps` does."""
-    return model(batch["input_ids"], labels=batch["labels"], places=batch.get("places"))
+    read = partial(label_logps, labels=batch["labels"], places=batch.get("places"))
+    return model(batch["input_ids"], read=read)
+
+
+def centred(values: Tensor) -> Tensor:
+    """Return values (…, n) minus their mean over n; exactly 0 where all n are equal.
+
+    Their mean may be off by a rounding error, and an optimizer such as AdamW, which divides a
+    gradient by its own size, would make a step of it.
+    """
+    equal = values.amax(-1, keepdim=True) == values.amin(-1, keepdim=True)
+    return (values - values.mean(-1, keepdim=True)).masked_fill(equal, 0)
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minimind import losses
 from minimind.checkpoint import (
     STAGE_OF_WEIGHT,
     how_to_make,
@@ -29,8 +30,9 @@ from minimind.checkpoint import (
     weight_path,
 )
 from minimind.config import DistillConfig, TrainConfig, stage_config
-from minimind.data import IGNORED, Batch
+from minimind.data import Batch
 from minimind.errors import UserError
+from minimind.losses import in_chunks, is_small, labelled_places
 from minimind.model import MiniMind
 from minimind.stages.sft import sft_task
 from minimind.stages.task import Metrics, Task
@@ -40,7 +42,12 @@ TEACHERS = ("pretrain", "full_sft")  # the weights that are made when they are a
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, temperature: float
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    alpha: float,
+    temperature: float,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """alpha·CE + (1 - alpha)·T²·KL(teacher ‖ student), both softened by T, over labelled tokens.
 
@@ -50,6 +57,7 @@ def distillation_loss(
     Args:
         student_logits, teacher_logits: (B, T, V); no gradient flows into the teacher's.
         labels: (B, T), aligned with the input ids; the shift by one happens here, -100 is ignored.
+        places: `labelled_places(labels)`, if it is known.
 
     Returns:
         The loss, a scalar in nats (0 with a gradient if no label is left), and its detached parts
@@ -63,17 +71,55 @@ def distillation_loss(
             f"The student's logits are {tuple(student_logits.shape)} and the teacher's "
             f"{tuple(teacher_logits.shape)}. Both must have one vocabulary and read the same tokens."
         )
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
-    student = student_logits[:, :-1][labelled].float()  # (N, V): only what is trained
-    teacher = teacher_logits[:, :-1][labelled].float().detach()
-    count = max(1, len(student))
-    cross_entropy = F.cross_entropy(student, targets[labelled], reduction="sum") / count
+    places = labelled_places(labels) if places is None else places
+    student, teacher = (  # (N, V): only what is trained
+        logits[:, :-1].flatten(0, 1)[places] for logits in (student_logits, teacher_logits)
+    )
+    sums = lesson(student, teacher.detach(), labels[:, 1:].flatten()[places], temperature)
+    return blend(sums, len(places), alpha, temperature)
+
+
+def lesson(student: Tensor, teacher: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return Σ cross-entropy, and Σ KL(teacher ‖ student) at `temperature`, over N positions: (2,).
+
+    Args:
+        student, teacher: (N, V) logits.
+        targets: (N,) the tokens that follow in the text.
+    """
+    student, teacher = student.float(), teacher.float()
+    cross_entropy = F.cross_entropy(student, targets, reduction="sum")
     log_q = F.log_softmax(student / temperature, dim=-1)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True) / count  # Σ p·(log p - log q)
+    kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)  # Σ p·(log p - log q)
+    return torch.stack([cross_entropy, kl])
+
+
+def blend(sums: Tensor, count: int, alpha: float, temperature: float) -> tuple[Tensor, Metrics]:
+    """Return the loss and its parts from the sums of `lesson` over `count` positions."""
+    cross_entropy, kl = sums / max(1, count)
     loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * kl
     return loss, {"cross_entropy": cross_entropy.detach(), "kl": kl.detach()}
+
+
+def chunked_loss(
+    student: nn.Module, teacher: nn.Module, batch: Batch, alpha: float, temperature: float
+) -> tuple[Tensor, Metrics]:
+    """Return `distillation_loss` of a batch; of both models' logits at most ONE_CHUNK are there at once."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    places = batch["places"] if "places" in batch else labelled_places(labels)
+    if is_small(labels, teacher.config.vocab_size):
+        return distillation_loss(student(ids), teacher(ids), labels, alpha, temperature, places)
+    taught = teacher.model(ids)
+
+    def read(hidden: Tensor, head: nn.Linear) -> Tensor:
+        def work(mine: Tensor, theirs: Tensor, targets: Tensor) -> Tensor:
+            return lesson(head(mine), teacher.lm_head(theirs), targets, temperature)
+
+        mine, theirs = (states[:, :-1].flatten(0, 1)[places] for states in (hidden, taught))
+        rows = losses.ONE_CHUNK // (2 * head.out_features)
+        return sum(in_chunks(work, rows, mine, theirs, labels[:, 1:].flatten()[places]))
+
+    return blend(student(ids, read=read), len(places), alpha, temperature)
 
 
 def teacher_path(config: DistillConfig) -> Path:
@@ -124,6 +170,11 @@ def missing_teacher(config: DistillConfig) -> list[tuple[str, TrainConfig]]:
     return runs
 
 
+def teacher_tokenizer(config: DistillConfig) -> Tokenizer:
+    """Return the tokenizer of the teacher: the student must have the same."""
+    return Tokenizer.from_json(json.dumps(load_sidecar(teacher_path(config))["tokenizer"]))
+
+
 def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.device) -> MiniMind:
     """Return the teacher in eval mode, without gradients.
 
@@ -132,8 +183,7 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.devi
             compared before any weight is read.
     """
     path = teacher_path(config)
-    sidecar = load_sidecar(path)
-    vocabulary = Tokenizer.from_json(json.dumps(sidecar["tokenizer"])).vocabulary
+    sidecar, vocabulary = load_sidecar(path), teacher_tokenizer(config).vocabulary
     if vocabulary != tokenizer.vocabulary:
         differ = len(vocabulary.items() ^ tokenizer.vocabulary.items())
         raise UserError(
@@ -185,12 +235,7 @@ def distill_task(config: DistillConfig, model: nn.Module, tokenizer: Tokenizer) 
     def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, Metrics]:
         if config.alpha == 1 or not student.training:
             return plain(student, batch)
-        with torch.no_grad():
-            taught = teacher(batch["input_ids"])
-        logits = student(batch["input_ids"])
-        found, parts = distillation_loss(
-            logits, taught, batch["labels"], config.alpha, config.temperature
-        )
+        found, parts = chunked_loss(student, teacher, batch, config.alpha, config.temperature)
         return found + student.router_loss, parts
 
     task.loss = loss

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minimind.config import GRPOConfig
+from minimind.config import POLICY_LOSSES, TOO_SMALL_A_GROUP, GRPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError, bad_value
-from minimind.stages.common import batch_logps, frozen_copy, k3, sequence_mean
+from minimind.rewards import Rewards
+from minimind.stages.common import batch_logps, centred, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     SAMPLES_EVERY,
-    Reward,
+    Answers,
     add_logps,
     make_reward,
     print_sample,
@@ -30,15 +31,10 @@ from minimind.stages.rl import (
     read_problems,
     sample_answers,
     shared_batches,
+    training_batches,
 )
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
-
-POLICY_LOSSES = ("clip", "cispo")
-TOO_SMALL_A_GROUP = (
-    "num_generations={}: an answer is compared with the others of its group. Sample at least 2 "
-    "for each prompt, or use SPO, which needs 1."
-)
 
 
 def group_advantages(
@@ -47,7 +43,7 @@ def group_advantages(
     """Return how much better each answer is than its group, in standard deviations.
 
     A = (r - mean) / (std + eps) inside each group (arXiv 2402.03300, section 4.1.2). A group with
-    equal rewards gives 0: there is nothing to choose between.
+    equal rewards gives exactly 0: there is nothing to choose between.
 
     Args:
         rewards: (N,); the answers to one prompt stand together, `group_size` of them.
@@ -70,7 +66,7 @@ def group_advantages(
     if not rewards.isfinite().all():
         raise UserError(f"A reward is not a finite number: {rewards[~rewards.isfinite()][0]}.")
     groups = rewards.view(-1, group_size)
-    advantages = groups - groups.mean(1, keepdim=True)
+    advantages = centred(groups)
     if scale:
         advantages = advantages / (groups.std(1, keepdim=True, correction=0) + eps)
     return advantages.view(-1)
@@ -124,7 +120,7 @@ class GRPO:
     tokenizer: Tokenizer
     problems: Sequence[dict]
     reference: nn.Module
-    reward: Reward
+    reward: Rewards
 
     def rollout(
         self, model: nn.Module, batches: Sequence[Batch], step: int
@@ -132,7 +128,7 @@ class GRPO:
         """Sample and reward groups of answers; return them, `num_iterations` times, to train on.
 
         With beta = 0 a group of equal rewards has no gradient at all, so it is left out of the
-        forward pass; `share` keeps the mean over all answers what it is.
+        training; `share` keeps the mean over all answers what it is, and `other_kl` the logged KL.
         """
         config = self.config
         rows = [self.problems[i] for batch in batches for i in batch["row"].tolist()]
@@ -142,12 +138,15 @@ class GRPO:
         advantages = group_advantages(answers.rewards, config.num_generations)
         groups = answers.rewards.view(-1, config.num_generations)
         dead = groups.amax(1) == groups.amin(1)
-        kept = torch.ones(len(advantages), dtype=torch.bool)
-        if config.beta == 0 and not dead.all():
+        kept, other_kl = torch.ones(len(advantages), dtype=torch.bool), 0.0
+        if config.beta == 0 and dead.any() and not dead.all():
             kept = ~dead.repeat_interleave(config.num_generations)
+            other_kl = self.kl_of_one_each(model, answers, dead)
+        share = float(kept.float().mean())
         columns = {
             "advantages": advantages,
-            "share": torch.full_like(advantages, float(kept.float().mean())),
+            "share": torch.full_like(advantages, share),
+            "other_kl": torch.full_like(advantages, (1 - share) * other_kl),
         }
         training = shared_batches(answers, columns, self.tokenizer.pad_id, kept)
         add_logps("ref_logps", self.reference, training, config)
@@ -156,6 +155,19 @@ class GRPO:
         print_sample(answers, step, every=SAMPLES_EVERY * config.log_interval)
         figures = {**answers.figures(), "dead_groups": float(dead.float().mean())}
         return [training] * config.num_iterations, figures
+
+    def kl_of_one_each(self, model: nn.Module, answers: Answers, groups: Tensor) -> float:
+        """Return the mean k3 to the reference of the first answer of each of the `groups` (P,) bool.
+
+        One is enough: the answers of a group with equal rewards are mostly the same.
+        """
+        size = self.config.num_generations
+        firsts = groups.repeat_interleave(size) & (torch.arange(len(groups) * size) % size == 0)
+        (batch,) = training_batches(answers, {}, self.tokenizer.pad_id, firsts, len(groups))
+        add_logps("ref_logps", self.reference, [batch], self.config)
+        add_logps("logps", model, [batch], self.config)
+        kl = k3(batch["logps"], batch["ref_logps"]).cpu()
+        return float(sequence_mean(kl, batch["labels"][:, 1:] != IGNORED))
 
     def count(self, batch: Batch) -> int:
         """Return the number of answers in the batch."""
@@ -171,12 +183,13 @@ class GRPO:
             logps, batch.get("old_logps", logps.detach()), batch["ref_logps"], batch["advantages"],
             batch["labels"][:, 1:] != IGNORED, self.config.beta, self.config.clip_eps, self.config.policy_loss,
         )  # fmt: skip
-        return loss * batch["share"][0] + model.router_loss, metrics
+        share = batch["share"][0]
+        metrics["kl"] = metrics["kl"] * share + batch["other_kl"][0]
+        return loss * share + model.router_loss, metrics
 
 
 def grpo_task(config: GRPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
     """Read the problems of `data_path` and freeze a copy of the model as the reference."""
-    check_settings(config)
     problems = read_problems(config, tokenizer, model.config.max_position_embeddings)
     stage = GRPO(
         config, tokenizer, problems, frozen_copy(model), make_reward(config, problems, model.device)
@@ -191,13 +204,3 @@ def grpo_task(config: GRPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Tas
         rollout=stage.rollout,
         warnings=dict(problems.faults),
     )
-
-
-def check_settings(config: GRPOConfig) -> None:
-    """UserError if the settings cannot work."""
-    if config.num_generations < 2:
-        raise UserError(TOO_SMALL_A_GROUP.format(config.num_generations))
-    if config.num_iterations < 1:
-        raise UserError(f"num_iterations={config.num_iterations} must be at least 1.")
-    if config.policy_loss not in POLICY_LOSSES:
-        raise bad_value("policy_loss", config.policy_loss, POLICY_LOSSES)

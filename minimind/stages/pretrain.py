@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.config import TrainConfig
-from minimind.corpus import read_tokens
+from minimind.corpus import own_tokenizer, read_tokens
 from minimind.data import IGNORED, Batch, PackedTokens, pad_batch
 from minimind.errors import UserError
 from minimind.losses import is_small
@@ -77,6 +77,11 @@ def read_packed(
             "Lower max_seq_len or give more text."
         )
     return packed, skipped
+
+
+def text_tokenizer(config: TrainConfig) -> Tokenizer:
+    """Return the tokenizer that belongs to `data_path`; it is trained on it first if there is none."""
+    return own_tokenizer(config.data_path)
 
 
 def pretrain_task(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:

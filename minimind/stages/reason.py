@@ -27,6 +27,7 @@ from minimind.corpus import Rows, hash_of, read_rows
 from minimind.data import IGNORED, Batch, check_conversation, pad_batch
 from minimind.errors import UserError, bad_value
 from minimind.losses import token_logps
+from minimind.stages.common import batch_logps
 from minimind.stages.sft import encode_chat_row, read_chats
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import TAGS, Tokenizer
@@ -46,7 +47,7 @@ def tag_weights(
         tag_ids: the ids of the tags, each a single token; `Tokenizer.tag_ids` will do.
     """
     ids = tag_ids.values() if isinstance(tag_ids, Mapping) else tag_ids
-    is_tag = torch.isin(labels, torch.tensor(list(ids), device=labels.device))
+    is_tag = torch.stack([labels == number for number in ids]).any(0)
     return torch.where(is_tag, weight, 1.0).masked_fill(labels == IGNORED, 0.0)
 
 
@@ -67,7 +68,12 @@ def weighted_token_loss(
     Returns:
         A scalar in nats; 0 with a gradient if no label is left.
     """
-    total = (weights[:, 1:] * -token_logps(logits, labels)).sum()
+    return weighted_mean(-token_logps(logits, labels), labels, weights, normalizer)
+
+
+def weighted_mean(nll: Tensor, labels: Tensor, weights: Tensor, normalizer: str) -> Tensor:
+    """Return `weighted_token_loss` from -ln p of the labels, (B, T-1)."""
+    total = (weights[:, 1:] * nll).sum()
     divisor = loss_divisor(labels, weights, normalizer)
     return total / torch.where(divisor > 0, divisor, 1)
 
@@ -77,22 +83,20 @@ def loss_divisor(labels: Tensor, weights: Tensor, normalizer: str) -> Tensor:
     if normalizer not in NORMALIZERS:
         raise bad_value("normalizer", normalizer, NORMALIZERS)
     trained = labels[:, 1:] != IGNORED
-    return trained.sum() if normalizer == "tokens" else weights[:, 1:][trained].sum()
+    return trained.sum() if normalizer == "tokens" else (weights[:, 1:] * trained).sum()
 
 
 def reasoning_loss(
     model: nn.Module, batch: Batch, tag_ids: Mapping[str, int], weight: float, normalizer: str
 ) -> tuple[Tensor, Metrics]:
     """The training loss. Metrics that compare between weights: `nll` per token, `tag_nll` per tag."""
-    logits, labels = model(batch["input_ids"]), batch["labels"]
-    weights = tag_weights(labels, tag_ids, weight)
-    loss = weighted_token_loss(logits, labels, weights, normalizer)
+    nll, labels = -batch_logps(model, batch), batch["labels"]
+    loss = weighted_mean(nll, labels, tag_weights(labels, tag_ids, weight), normalizer)
     every, tags = tag_weights(labels, tag_ids, 1.0), tag_weights(labels, tag_ids, 2.0)
-    with torch.no_grad():
-        metrics = {
-            "nll": weighted_token_loss(logits, labels, every, "weights"),
-            "tag_nll": weighted_token_loss(logits, labels, tags - every, "weights"),
-        }
+    metrics = {
+        "nll": weighted_mean(nll.detach(), labels, every, "weights"),
+        "tag_nll": weighted_mean(nll.detach(), labels, tags - every, "weights"),
+    }
     return loss + model.router_loss, metrics
 
 

@@ -6,7 +6,7 @@ A row is a conversation whose last assistant turn is empty: the model is to writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -30,24 +30,26 @@ from minimind.tokenizer import Tokenizer
 
 ROWS = 32  # answers in one forward pass of an update; sorted by length they need little padding
 SAMPLES_EVERY = 5  # rows of the log between two printed answers
-SEEDS_PER_STEP = 1_000_003  # more than answers in a step, so that no two steps share a stream
+SEEDS_PER_STEP = 1_000_003  # so that no step shares a stream with one of a neighbouring seed
 RLConfig = GRPOConfig | SPOConfig
-Reward = Callable[[Sequence[dict], Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
-def make_reward(config: RLConfig, problems: Sequence[dict], device: torch.device) -> Reward:
+def make_reward(config: RLConfig, problems: Sequence[dict], device: torch.device) -> Rewards:
     """Return what the stage pays for.
 
-    If every problem can be verified: the right answer, and nothing that can be had without it.
-    Problems without an "answer" are judged by a reward model, the one of `reward_model_path` or our
-    own; with `reasoning` the form with tags is paid for as well, as the guide does.
+    If every problem can be verified: the right answer, and nothing that can be had without it; a
+    `reward_model_path` is then named in a warning. Problems without an "answer" are judged by a
+    reward model, the one of `reward_model_path` or our own; with `reasoning` the form with tags is
+    paid for as well, as the guide does.
 
     Raises:
         UserError: a reward model is needed and is missing or cannot be used.
     """
-    if all("answer" in row for row in problems):
-        return Rewards([("exact", 1.0)])
     path = config.reward_model_path
+    if all("answer" in row for row in problems):
+        if path:
+            distributed.say(f'Warning: every problem has an "answer", so {path} judges nothing.')
+        return Rewards([("exact", 1.0)])
     if path and not path.endswith(".pth"):
         score = folder_scorer(path, bool(config.allow_remote_code), device)
     else:
@@ -55,7 +57,7 @@ def make_reward(config: RLConfig, problems: Sequence[dict], device: torch.device
         score = partial(score_conversations, model.to(device), tokenizer)
     learned = LearnedReward(score, bool(config.reasoning))
     form = [("format", 1.0), ("tags", 1.0)] if config.reasoning else []
-    return Rewards([("exact", 1.0), (learned, 1.0), *form])
+    return Rewards([("exact", 1.0), ("reward_model", 1.0, learned), *form])
 
 
 def check_problem(row: dict) -> str | None:
@@ -134,6 +136,7 @@ class Answers:
         texts: the completions as text.
         truncated: (N,) bool, cut at `max_new_tokens` before they ended.
         rewards: (N,).
+        unit_rewards: (N,), what each is from the lowest (0) to the highest (1) that its problem gives.
         parts: name of every part of the reward to its values (N,), unweighted.
         right: (N,) 1.0 or 0.0; NaN where the problem has no "answer" to verify.
     """
@@ -145,6 +148,7 @@ class Answers:
     texts: list[str]
     truncated: Tensor
     rewards: Tensor
+    unit_rewards: Tensor
     parts: dict[str, Tensor]
     right: Tensor
 
@@ -165,15 +169,20 @@ class Answers:
 
 def sample_answers(
     model: nn.Module, problems: Sequence[dict], num_generations: int, config: RLConfig,
-    tokenizer: Tokenizer, reward: Reward, step: int,
+    tokenizer: Tokenizer, reward: Rewards, step: int,
 ) -> Answers:  # fmt: skip
     """Sample `num_generations` answers to every problem at temperature 1, and reward them.
 
-    An answer that was cut earns at most 0, whatever it holds: the model is to learn to end.
+    An answer that was cut earns the lowest reward that its problem can give, whatever it holds: the
+    model is to learn to end, and no cut answer is better than one that ended.
 
-    No temperature, no top-p: they come from exactly the distribution whose log-probabilities are
-    trained. The sample depends on the weights, the seed and the step alone: several processes
-    share the problems out, and each gets the answers that one alone would have sampled.
+    No temperature, no top-p, and the precision of training: they come from exactly the distribution
+    whose log-probabilities are trained. The sample depends on the weights, the seed and the step
+    alone: several processes share the problems out, and each gets the answers that one alone would
+    have sampled (in bfloat16 but for rounding, which depends on the size of a batch).
+
+    Raises:
+        UserError: the reward is NaN, or not one for each answer.
     """
 
     def sample(part: Sequence[dict], first: int) -> Answers:
@@ -203,20 +212,23 @@ def _joined_column(values: Sequence) -> object:
 
 def sample_part(
     model: nn.Module, problems: Sequence[dict], num_generations: int, config: RLConfig,
-    tokenizer: Tokenizer, reward: Reward, step: int, first_row: int,
+    tokenizer: Tokenizer, reward: Rewards, step: int, first_row: int,
 ) -> Answers:  # fmt: skip
     """`sample_answers` on one process; `first_row` is the number of the first answer in the whole."""
     prompts = [prompt_ids(row, tokenizer) for row in problems]
-    sampled = sample_rollouts(
-        model, prompts, num_generations, config.max_new_tokens, tokenizer.eos_id,
-        seed=config.seed + SEEDS_PER_STEP * step, first_row=first_row,
-        compiled=bool(config.compile) and model.device.type == "cuda",
-    )  # fmt: skip
+    with autocast(config, model.device):
+        sampled = sample_rollouts(
+            model, prompts, num_generations, config.max_new_tokens, tokenizer.eos_id,
+            seed=config.seed + SEEDS_PER_STEP * step, first_row=first_row,
+            compiled=bool(config.compile) and model.device.type == "cuda",
+        )  # fmt: skip
     each = [i for i in range(len(problems)) for _ in range(num_generations)]
     rows = [problems[i] for i in each]
     texts = [tokenizer.decode(completion) for completion in sampled.completions]
     scores, parts = reward(rows, texts)
+    lowest, highest = reward.spans(rows)
     truncated = sampled.truncated.cpu()
+    rewards = torch.where(truncated, lowest, scores)
     return Answers(
         problems=rows,
         prompts=sampled.prompt_ids,
@@ -224,7 +236,8 @@ def sample_part(
         logps=sampled.logps.cpu(),
         texts=texts,
         truncated=truncated,
-        rewards=torch.where(truncated, scores.clamp(max=0), scores),
+        rewards=rewards,
+        unit_rewards=((rewards - lowest) / (highest - lowest).clamp(min=1e-6)).clamp(0, 1),
         parts=parts,
         right=torch.tensor(
             [

@@ -22,13 +22,13 @@ from minimind import distributed
 from minimind.config import SPOConfig
 from minimind.data import IGNORED, Batch
 from minimind.errors import UserError
-from minimind.stages.common import batch_logps, frozen_copy, k3, sequence_mean
+from minimind.rewards import Rewards
+from minimind.stages.common import batch_logps, centred, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     ROWS,
     SAMPLES_EVERY,
     SEEDS_PER_STEP,
     Answers,
-    Reward,
     add_logps,
     make_reward,
     print_sample,
@@ -42,6 +42,8 @@ from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
 
 FEW = 12  # kinds of problems that are logged one by one
+EXPECTED = 0.05  # a reward so near to the value taught nothing
+CLIP = 0.2  # GRPO's, to say how much of an update it would have stopped
 
 
 class ValueTracker:
@@ -51,6 +53,10 @@ class ValueTracker:
     rewards are added the old counts shrink by ρ = 2^(-D/D_half), limited to [ρ_min, ρ_max], where D
     is how far the policy has moved (KL, nats per token) since the key was last updated. A key starts
     at v = 1/2 with the weight 1/(1-ρ_min) of the fewest answers it can be down to (section 3).
+
+    A key that gets n answers each time remembers n/(1-ρ) of them. D_half = 0.06 is meant for prompts
+    that come back after many steps. One step moves a policy far less: where keys are updated at
+    every step, D_half must be of the size of a step's KL, or nothing ever fades faster than ρ_max.
     """
 
     def __init__(self, d_half: float = 0.06, rho_min: float = 0.5, rho_max: float = 0.96) -> None:
@@ -132,7 +138,7 @@ def spo_advantages(rewards: Tensor, values: Tensor, eps: float = 1e-4) -> Tensor
             has seen them would take back part of what they say.
     """
     surprise = rewards - values
-    return (surprise - surprise.mean()) / (surprise.std(correction=0) + eps)
+    return centred(surprise) / (surprise.std(correction=0) + eps)
 
 
 def spo_loss(
@@ -155,17 +161,6 @@ def spo_loss(
     kl = k3(logps, ref_logps)
     loss = sequence_mean(beta * kl - advantages[:, None] * logps, mask)
     return loss, {"kl": sequence_mean(kl, mask).detach()}
-
-
-def unit_rewards(rewards: Tensor, span: tuple[float, float]) -> Tensor:
-    """Map rewards (N,) from their span (lowest, highest) to [0, 1], for the tracker.
-
-    What lies outside stays outside, so that the tracker refuses it, but for rounding.
-    """
-    low, high = span
-    unit = (rewards - low) / (high - low)
-    inside = unit.clamp(0, 1)
-    return torch.where((unit - inside).abs() < 1e-5, inside, unit)
 
 
 def sampling_weights(values: Tensor, epsilon: float) -> Tensor:
@@ -191,7 +186,7 @@ class SPO:
     """The stage at work, and its memory: the tracker, and what is needed to see the policy move.
 
     Attributes:
-        span: the lowest and the highest reward that are possible.
+        tracker: of rewards from 0, the lowest that a problem can give, to 1, the highest.
         keys: of each problem, see `problem_key`.
         path: nats per token that the policy has moved in all, summed step by step.
         seen: key to the `path` when its belief was last updated.
@@ -202,14 +197,14 @@ class SPO:
     tokenizer: Tokenizer
     problems: Sequence[dict]
     reference: nn.Module
-    reward: Reward
-    span: tuple[float, float] = (0.0, 1.0)
-    tracker: ValueTracker = field(default_factory=ValueTracker)
+    reward: Rewards
+    tracker: ValueTracker = field(init=False)
     path: float = 0.0
     seen: dict[str, float] = field(default_factory=dict)
     probe: Batch = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.tracker = ValueTracker(self.config.d_half)
         self.keys = [problem_key(row) for row in self.problems]
 
     def rollout(
@@ -218,13 +213,16 @@ class SPO:
         """Draw as many problems as the batches hold, sample and reward one answer to each.
 
         The order of the data is not kept: which problems are drawn depends on the tracker.
+
+        Logged beside what GRPO logs: `value` (expected of all problems, after this step), `surprise`
+        (its deviation), `step_kl` and `clip_fraction` of the last update, as `moved` returns them.
+        A group of one is dead if its reward is what was expected.
         """
-        config, moved = self.config, distributed.of_first(self.moved(model))
+        config, (moved, clipped) = self.config, distributed.of_first(self.moved(model))
         drawn = self.draw(sum(len(batch["row"]) for batch in batches), step)
         rows, keys = [self.problems[i] for i in drawn], [self.keys[i] for i in drawn]
         answers = sample_answers(model, rows, 1, config, self.tokenizer, self.reward, step)
-        rewards = unit_rewards(answers.rewards, self.span)
-        values = self.tracker.baseline(keys)  # before it sees these rewards
+        rewards, values = answers.unit_rewards, self.tracker.baseline(keys)  # not updated yet
         columns = {"advantages": spo_advantages(rewards, values)}
         training = shared_batches(answers, columns, self.tokenizer.pad_id)
         add_logps("ref_logps", self.reference, training, config)
@@ -234,6 +232,8 @@ class SPO:
         figures = {
             "value": float(self.tracker.baseline(self.keys).mean()),
             "surprise": float((rewards - values).std(correction=0)),
+            "dead_groups": float(((rewards - values).abs() < EXPECTED).float().mean()),
+            "clip_fraction": clipped,
             "step_kl": moved,
             "rho": self.tracker.rho(moved),
         }
@@ -255,13 +255,21 @@ class SPO:
         count = min(count, len(self.problems))
         return torch.multinomial(weights, count, generator=numbers).tolist()
 
-    def moved(self, model: nn.Module) -> float:
-        """Return KL(before ‖ now) of the last update, nats per token, estimated on its own answers."""
+    def moved(self, model: nn.Module) -> tuple[float, float]:
+        """Return how far the last update moved the policy on its own answers.
+
+        Returns:
+            KL(before ‖ now) in nats per token, estimated by k3; and the share of tokens whose
+            probability changed by more than GRPO's clip allows.
+        """
         if not self.probe:
-            return 0.0
+            return 0.0, 0.0
         add_logps("now", model, [self.probe], self.config)
         before, now, labels = (self.probe[name].cpu() for name in ("before", "now", "labels"))
-        return float(sequence_mean(k3(before, now), labels[:, 1:] != IGNORED))
+        far = ((now - before).exp() - 1).abs() > CLIP
+        trained = labels[:, 1:] != IGNORED
+        kl, clipped = (sequence_mean(x, trained) for x in (k3(before, now), far.float()))
+        return float(kl), float(clipped)
 
     def keep_probe(self, model: nn.Module, answers: Answers) -> None:
         """Keep some of the answers, to see on them how far the coming update moves the policy."""
@@ -309,7 +317,7 @@ def spo_task(config: SPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
         )
     problems = read_problems(config, tokenizer, model.config.max_position_embeddings)
     reward = make_reward(config, problems, model.device)
-    stage = SPO(config, tokenizer, problems, frozen_copy(model), reward, reward.span)
+    stage = SPO(config, tokenizer, problems, frozen_copy(model), reward)
     return Task(
         train=[{"row": [i]} for i in range(len(problems))],
         heldout=[],  # the loss says nothing of the skill; evaluate.py samples instead

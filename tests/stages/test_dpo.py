@@ -24,7 +24,7 @@ from minimind.stages.dpo import (
     sequence_logps,
 )
 from minimind.stages.sft import sft_task
-from minimind.trainer import optimizer_step
+from minimind.trainer import Run, optimizer_step
 
 STRINGS = {"prompt": "Who is Quin?", "chosen": "A baker.", "rejected": "Quin is a baker, you fool."}
 
@@ -230,7 +230,8 @@ def test_accumulated_gradient_is_that_of_the_one_big_batch(tokenizer, tmp_path):
     grads = {}
     for name, groups in batches.items():
         copied = copy.deepcopy(model)
-        run = OneStep(copied)
+        descent = torch.optim.SGD(copied.parameters(), lr=1.0)
+        run = Run(copied, [descent], torch.amp.GradScaler("cpu", enabled=False))
         optimizer_step(run, [task.collate(group) for group in groups], task, 1.0, config)
         grads[name] = torch.cat(
             [
@@ -240,14 +241,6 @@ def test_accumulated_gradient_is_that_of_the_one_big_batch(tokenizer, tmp_path):
         )
     assert grads["one"].norm() > 0.01
     assert torch.allclose(grads["one"], grads["uneven"], atol=1e-5)
-
-
-class OneStep:
-    """What `optimizer_step` needs of a run, with plain gradient descent."""
-
-    def __init__(self, model):
-        self.model, self.scaler = model, torch.amp.GradScaler("cpu", enabled=False)
-        self.optimizers = [torch.optim.SGD(model.parameters(), lr=1.0)]
 
 
 def saved_bytes(loss, model, batch):

@@ -6,6 +6,7 @@ from helpers import SMALL, chats, write_lines
 
 from minimind import UserError, load, measures, train
 from minimind.checkpoint import load_sidecar, read_tensors
+from minimind.config import data_samples
 from minimind.lora import adapters, trained_share
 
 SETTINGS = {
@@ -15,6 +16,7 @@ SETTINGS = {
     "epochs": 1,
     "max_seq_len": 48,
     "eval_interval": 99,
+    "tokenizer_path": str(data_samples("tokenizer.json")),
 }
 LORA = dict(lora_r=3, lora_alpha=5.0, target_modules=("k_proj", "up_proj"), learning_rate=5e-3)
 IDS = torch.arange(3, 20)[None]

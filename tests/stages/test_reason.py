@@ -7,7 +7,7 @@ from helpers import SMALL, write_lines
 
 from minimind import Tokenizer, UserError, train
 from minimind.comparisons import question_and_answer
-from minimind.config import stage_config
+from minimind.config import data_samples, stage_config
 from minimind.evaluate import Answer
 from minimind.measures import reasoning_measures
 from minimind.stages.pretrain import next_token_loss
@@ -21,6 +21,7 @@ from minimind.stages.reason import (
 )
 from minimind.tokenizer import TAGS
 
+TOKENIZER = str(data_samples("tokenizer.json"))
 GOOD = "<think>3+4=7;</think><answer>7</answer>"
 
 
@@ -198,7 +199,7 @@ def test_rows_cut_are_counted_and_rows_without_a_label_left_out(tokenizer, here,
     room = prompt + len(tokenizer.encode(GOOD)) + 1  # GOOD fits, with its <|im_end|> and no more
     data = write_lines(here / "r.jsonl", some)
     result = train("reason", **SMALL | {"max_seq_len": room, "epochs": 1}, data_path=data,
-                   from_weight="none")  # fmt: skip
+                   from_weight="none", tokenizer_path=TOKENIZER)  # fmt: skip
     cut = f"answer cut at max_seq_len={room}: its end is not learnt"
     left_out = f"row left out: its prompt fills max_seq_len={room}"
     assert result.metrics[cut] == 2 and result.metrics[left_out] == 1
@@ -244,7 +245,7 @@ def test_the_guides_settings():
 
 def test_a_tiny_run_learns_the_form_and_logs_it(here):
     data = write_lines(here / "r.jsonl", rows())
-    result = train("reason", data_path=data, from_weight="none",
+    result = train("reason", data_path=data, from_weight="none", tokenizer_path=TOKENIZER,
                    **SMALL | {"epochs": 12, "max_seq_len": 80, "learning_rate": 1e-2})  # fmt: skip
     assert result.weight_path.name == "reason_32.pth"
     first, last = result.history[0], result.history[-1]

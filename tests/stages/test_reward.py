@@ -7,6 +7,7 @@ import torch
 from helpers import SMALL, write_lines
 
 from minimind import UserError, load, train
+from minimind.config import data_samples
 from minimind.stages.dpo import encode_pair, pad_pairs
 from minimind.stages.reward import (
     add_score,
@@ -68,7 +69,7 @@ def trained(tmp_path_factory):
     data = write_lines(folder / "pairs.jsonl", PAIRS)
     settings = {**SMALL, "learning_rate": 3e-3, "epochs": 4, "accumulation_steps": 1}
     return train("reward", data_path=data, eval_data_path=data, from_weight="none", out_dir=str(folder),
-                 **settings)  # fmt: skip
+                 tokenizer_path=str(data_samples("tokenizer.json")), **settings)  # fmt: skip
 
 
 def test_training_starts_at_ln_2_and_learns_the_preference(trained):
@@ -103,6 +104,7 @@ def test_a_conversation_that_does_not_fit_is_refused(small_model, tokenizer):
 
 
 RL = {
+    "tokenizer_path": str(data_samples("tokenizer.json")),
     "max_new_tokens": 6,
     "from_weight": "none",
     "epochs": 0.5,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import SMALL, write_lines
+from helpers import SMALL, ends_now_and_then, write_lines
 
 import minimind
 from minimind import UserError
@@ -20,7 +20,6 @@ from minimind.stages.spo import (
     sampling_weights,
     spo_advantages,
     spo_loss,
-    unit_rewards,
 )
 from minimind.trainer import Run, make_optimizers, make_scaler, optimizer_step
 
@@ -171,16 +170,8 @@ def test_what_stands_beyond_the_end_does_not_matter(sampled):
     assert float(loss.detach()) == float(clean.detach()) and spoiled.grad.isfinite().all()
 
 
-def test_rewards_of_any_scale_are_mapped_to_where_a_beta_lives():
-    span = Rewards([("exact", 2.0), ("length", 0.5), (by_kind, 0.1)]).span
-    assert span == pytest.approx((-0.5 - 0.3, 2 + 0.3))  # a model's score lies within ±3
-    found = unit_rewards(torch.tensor([-0.8, 0.75, 2.3]), span)
-    torch.testing.assert_close(found, torch.tensor([0.0, 0.5, 1.0]))
-    assert found.min() >= 0 and found.max() <= 1
-    ValueTracker().update(["a", "b", "c"], found, 0.0)
-    beyond = unit_rewards(torch.tensor([4.0]), span)
-    with pytest.raises(UserError, match=r"reward of 'a' is 1\.5"):
-        ValueTracker().update(["a"], beyond, 0.0)
+def test_what_was_expected_to_the_last_bit_gives_no_advantage():
+    assert spo_advantages(torch.full((5,), 0.7), torch.full((5,), 0.4)).tolist() == [0.0] * 5
 
 
 # What is drawn
@@ -221,22 +212,20 @@ def make_stage(small_model, tokenizer):
         defaults = {"max_new_tokens": 6, "dtype": "float32", "device": "cpu", "log_interval": 1}
         config = stage_config("spo", **{**defaults, **settings})
         model = small_model(vocab_size=tokenizer.vocab_size, tie_word_embeddings=False)
-        with torch.no_grad():  # the end has a chance everywhere: one direction is always there
-            model.model.embed_tokens.weight[:, 0], model.model.norm.weight[0] = 10.0, 1.0
-            model.lm_head.weight[tokenizer.eos_id] = 0.0
-            model.lm_head.weight[tokenizer.eos_id, 0] = 1.6
-        return model, SPO(config, tokenizer, rows or problems(), frozen_copy(model), reward)
+        ends_now_and_then(model, tokenizer.eos_id)
+        paid = reward if isinstance(reward, Rewards) else Rewards([("mine", 1.0, reward)])
+        return model, SPO(config, tokenizer, rows or problems(), frozen_copy(model), paid)
 
     return make
 
 
 def short(rows, texts):
     """A reward that can be learnt in a moment: stop early."""
-    return torch.tensor([float(len(text) < 9) for text in texts]), {}
+    return torch.tensor([float(len(text) < 9) for text in texts])
 
 
 def by_kind(rows, texts):
-    return torch.tensor([0.9 if row["kind"] == "even" else 0.3 for row in rows]), {}
+    return torch.tensor([0.9 if row["kind"] == "even" else 0.3 for row in rows])
 
 
 PROMPTS = [{"row": torch.tensor([0, 3, 1])}, {"row": torch.tensor([5])}]
@@ -277,6 +266,7 @@ def test_a_kind_that_earns_what_was_expected_has_no_advantage(make_stage):
     for step in range(12):
         _, figures = stage.rollout(model, PROMPTS, step)
     assert figures["surprise"] < 0.06 and figures["step_kl"] == 0 and figures["rho"] == 0.96
+    assert figures["dead_groups"] == 1 and figures["clip_fraction"] == 0
     known = stage.tracker.baseline(["even", "odd"])
     torch.testing.assert_close(known, torch.tensor([0.9, 0.3]), atol=0.06, rtol=0)
 
@@ -301,10 +291,45 @@ def test_the_way_of_the_policy_is_measured_and_forgets(make_stage):
         distributions = [m(stage.probe["input_ids"])[:, :-1].log_softmax(-1) for m in (before, model)]  # fmt: skip
     exact = (distributions[0].exp() * (distributions[0] - distributions[1])).sum(-1)
     exact = float(exact[labels[:, 1:] != -100].mean())
+    probe = stage.probe
     figures = stage.rollout(model, PROMPTS, 1)[1]
     assert figures["step_kl"] == pytest.approx(exact, rel=0.8) and exact > 1e-4
     assert stage.path == figures["step_kl"]
     assert figures["rho"] == stage.tracker.rho(figures["step_kl"])
+    ratio = (probe["now"] - probe["before"]).exp()
+    wide = ((ratio - 1).abs() > 0.2).float() * (probe["labels"][:, 1:] != -100)
+    share = (wide.sum(1) / (probe["labels"] != -100).sum(1)).mean()
+    assert figures["clip_fraction"] == pytest.approx(float(share)) and share > 0
+
+
+def test_the_tracker_forgets_as_fast_as_the_setting_says(make_stage):
+    _, stage = make_stage(short, d_half=1e-4)
+    stage.remember(["a"], torch.tensor([1.0]), 0.0)
+    stage.remember(["a"], torch.tensor([1.0]), 1e-4)
+    assert stage.tracker.beliefs["a"] == pytest.approx((0.5 * 1.96 + 1, 0.5 * 0.96))
+
+
+def test_verified_and_judged_problems_are_each_scaled_by_what_they_can_get(make_stage):
+    """On one scale for all, a problem that is always right or always wrong would look half open."""
+    rows = problems()
+    for row in rows[3:]:
+        del row["answer"]
+    paid = Rewards([("exact", 1.0), ("reward_model", 1.0, lambda rows, texts: [0.0 if "answer" in row else 3.0 for row in rows])])  # fmt: skip
+    model, stage = make_stage(paid, rows, max_new_tokens=40)
+    stage.keys = [str(i) for i in range(6)]
+    for step in range(9):
+        stage.rollout(model, [{"row": torch.arange(6)}], step)
+    values = stage.tracker.baseline(stage.keys)
+    assert values[:3].max() < 0.2 and values[3:].min() > 0.8
+
+
+@pytest.mark.parametrize(
+    "values, words", [([1.0], "1.* values for 4"), ([math.nan] * 4, "answer 0 is nan")]
+)
+def test_a_reward_of_the_wrong_length_or_nan_is_refused(make_stage, values, words):
+    model, stage = make_stage(lambda rows, texts: values)
+    with pytest.raises(UserError, match=words):
+        stage.rollout(model, PROMPTS, 0)
 
 
 def test_a_key_that_was_away_forgets_all_that_the_policy_moved_meanwhile(make_stage):
@@ -336,7 +361,10 @@ def test_the_reward_rises(make_stage):
 def settings(tmp_path, small_model, tokenizer):
     """A weight to start from, problems, and settings that fit both."""
     shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    model = small_model(vocab_size=tokenizer.vocab_size, rope_theta=1e6, **shape)
+    model = small_model(
+        vocab_size=tokenizer.vocab_size, rope_theta=1e6, tie_word_embeddings=False, **shape
+    )
+    ends_now_and_then(model, tokenizer.eos_id)
     save_weight(tmp_path / "out/reason_32.pth", model, tokenizer, [], {})
     small = {**SMALL, "max_seq_len": 64, "learning_rate": 1e-3, "batch_size": 2}
     return {**small, "max_new_tokens": 5, "out_dir": str(tmp_path / "out"), "epochs": 4, "beta": 0.1,
@@ -350,7 +378,9 @@ def some_are_right(monkeypatch):
     def letters(rows, texts):
         return torch.tensor([len(text) % 3 / 2 for text in texts])
 
-    monkeypatch.setattr("minimind.stages.spo.make_reward", lambda *_: Rewards([(letters, 1.0)]))
+    monkeypatch.setattr(
+        "minimind.stages.spo.make_reward", lambda *_: Rewards([("letters", 1.0, letters)])
+    )
 
 
 def same_but_for_time(one, other):
@@ -362,9 +392,10 @@ def test_a_run_logs_what_one_wants_to_know(settings, some_are_right, capsys):
     result = minimind.train("spo", **settings)
     assert result.weight_path.name == "spo_32.pth" and result.metrics["steps"] == 6
     for row in result.history:
-        assert {"reward", "accuracy", "kl", "entropy", "length", "truncated", "value", "surprise",
+        assert {"reward", "accuracy", "kl", "clip_fraction", "dead_groups", "entropy", "length", "truncated", "value", "surprise",
                 "step_kl", "rho", "value_even", "value_odd"} <= set(row)  # fmt: skip
         assert 0 < row["value"] < 1 and row["entropy"] > 0
+    assert sum(row["reward"] for row in result.history) > 0.5
     assert result.history[0]["kl"] == 0 < result.history[-1]["kl"]
     assert "What is" in capsys.readouterr().out
 
@@ -388,6 +419,15 @@ def test_a_run_that_was_cut_off_in_the_middle_goes_on_bit_for_bit(settings, some
     assert again["memory"]["tracker"] == last["memory"]["tracker"] and last["memory"]["path"] > 0
     other = minimind.train("spo", **{**settings, "seed": 7})
     assert other.history[0]["entropy"] != whole.history[0]["entropy"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"beta": -1.0}, {"priority_epsilon": 0.0}, {"d_half": 0.0}, {"max_new_tokens": 0}]
+)
+def test_settings_that_cannot_work(settings, change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"{name}={change[name]}"):
+        minimind.train("spo", **{**settings, **change})
 
 
 def test_one_answer_a_step_has_nothing_to_be_compared_with(settings):
