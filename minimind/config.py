@@ -258,7 +258,7 @@ def above_0(config: TrainConfig, *names: str) -> None:
     """UserError if one of the settings is 0 or below, infinite or NaN."""
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{name}={getattr(config, name)} must be a number above 0.")
+            raise UserError(f"{name}={getattr(config, name)} must be above 0 and finite.")
 
 
 @dataclass

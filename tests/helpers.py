@@ -51,8 +51,8 @@ SMALL = dict(
 
 
 @torch.no_grad()
-def ends_now_and_then(model, eos_id):
+def ends_now_and_then(model, eos_id, strength=1.6):
     """Give the end a chance everywhere, by a direction of the hidden states that is always there."""
     model.model.embed_tokens.weight[:, 0], model.model.norm.weight[0] = 10.0, 1.0
     model.lm_head.weight[eos_id] = 0.0
-    model.lm_head.weight[eos_id, 0] = 1.6
+    model.lm_head.weight[eos_id, 0] = strength

@@ -6,15 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SMALL, chats, texts, write_lines
+from helpers import SMALL, chats, ends_now_and_then, texts, write_lines
 
 import minimind
-from minimind import UserError, distributed
+from minimind import MiniMind, UserError, distributed
 from minimind.checkpoint import read_tensors, save_weight
 from minimind.config import data_samples
 from minimind.data import read_jsonl
@@ -88,15 +88,22 @@ def write_data(folder):
 
 
 def write_weights(folder):
-    """Write a weight to start from and a random reward model; return both paths."""
+    """Write a weight to start from, the same for RL, and a random reward model; return the paths.
+
+    In RL an answer must end now and then: all cut ones earn the same.
+    """
     settings = {**SMALL, "data_path": write_lines(folder / "text.jsonl", texts(40, seed=3))}
     start = minimind.train("pretrain", tokenizer_path=str(data_samples("tokenizer.json")),
                            out_dir=str(folder / "start"), **settings)  # fmt: skip
+    ends = MiniMind(replace(start.model.config, tie_word_embeddings=False))
+    ends.load_state_dict(start.model.state_dict())
+    ends_now_and_then(ends, start.tokenizer.eos_id, strength=1.0)
+    save_weight(folder / "start/ends_32.pth", ends, start.tokenizer, [], {})
     judge = add_score(start.model)
     torch.nn.init.normal_(judge.score.weight, std=0.3)
     path = folder / "start/judge_32.pth"
     save_weight(path, judge, start.tokenizer, [], {})
-    return str(start.weight_path), str(path)
+    return str(start.weight_path), str(folder / "start/ends_32.pth"), str(path)
 
 
 @dataclass
@@ -130,7 +137,7 @@ def stop(step, model):
 def runs(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("many")
-    data, (start, judge) = write_data(folder), write_weights(folder)
+    data, (start, ends, judge) = write_data(folder), write_weights(folder)
 
     def settings(stage, run, accumulation_steps, **more):
         found = {**SMALL, "accumulation_steps": accumulation_steps, "save_interval": 2, "from_weight": start,
@@ -139,7 +146,9 @@ def runs(tmp_path_factory):
         if stage == "distill":
             found = {**found, "teacher_weight": start}
             del found["hidden_size"], found["num_hidden_layers"]
-        return {**found, "reward_model_path": judge} if stage in ("grpo", "spo") else found
+        if stage in ("grpo", "spo"):
+            found = {**found, "from_weight": ends, "reward_model_path": judge}
+        return found
 
     for stage in STAGES:
         minimind.train(stage, **settings(stage, "one", 2))
