@@ -18,10 +18,25 @@ PRACTISES = (
     "finding the cause of a sick run among several that look alike, mending it, and teaching a program "
     "to notice."
 )
-ORDER = """
+
+
+def statement(look: str, story: str, check: str) -> str:
+    """Return what a patient's exercise says: how to look at it, its story, and what is checked."""
+    return f"""
+```python
+{look}
+```
+
+{story}
+
 Run the patient, look at its log, and probe it. For each suspect ask what one would *then* see, and look whether
 one does. Read the code, in `exercises/ward.py`, only when you have an opinion.
+
+Return the cause and the mend. {check}
 """
+
+
+EACH_ROW = "for row in ward.{}():\n    print(row)"
 
 
 def diagnosed(cause: str, right: str, suspects: tuple[str, ...]) -> bool:
@@ -116,18 +131,13 @@ TOO_GOOD = Exercise(
     difficulty=2,
     importance=5,
     minutes=20,
-    statement=f"""
-```python
-reader, rows = ward.first_patient()
-print(rows[-1], "no model can be below", ward.FLOOR)
-```
-
-A small language model reads sentences of {ward.LENGTH} ids. Three times out of four the next id follows a rule, the fourth time
+    statement=statement(
+        'reader, rows = ward.first_patient()\nprint(rows[-1], "no model can be below", ward.FLOOR)',
+        f"""A small language model reads sentences of {ward.LENGTH} ids. Three times out of four the next id follows a rule, the fourth time
 it is drawn at random, so the best loss that is possible is {ward.FLOOR:.2f} nats. The patient is far below, on new sentences
-too. Its owner is proud.
-{ORDER}
-Return the cause and the mend. The check trains the patient anew with your mask.
-""",
+too. Its owner is proud.""",
+        "The check trains the patient anew with your mask.",
+    ),
     hints=[
         "A loss below what is possible means that the answer is somewhere in the input.",
         "Put one sentence through `reader`, change its last id, and look which rows of the logits change.",
@@ -236,17 +246,12 @@ EARLY_PLATEAU = Exercise(
     difficulty=3,
     importance=4,
     minutes=20,
-    statement=f"""
-```python
-for row in ward.second_patient():
-    print(row)
-```
-
-The loss falls as it should, and from about the seventh step on ever so slowly. The task is not at its end: there is no noise
-in the data, so the loss could reach 0.
-{ORDER}
-Return the cause and the mend. The check runs the patient anew with your rates.
-""",
+    statement=statement(
+        EACH_ROW.format("second_patient"),
+        """The loss falls as it should, and from about the seventh step on ever so slowly. The task is not at its end: there is no noise
+in the data, so the loss could reach 0.""",
+        "The check runs the patient anew with your rates.",
+    ),
     hints=[
         "Plot the loss. How much of the run is over when it stops falling? What happens so often in a step?",
         "Copy the loop into a cell and print `rate` at every step.",
@@ -368,18 +373,13 @@ SUDDEN_NAN = Exercise(
     difficulty=3,
     importance=5,
     minutes=25,
-    statement=f"""
-```python
-for row in ward.third_patient():
-    print(row)
-```
-
-A linear model learns to sort points into three classes. Thirty steps of health, then nothing more. `ward.batch_of_points(step)`
-gives the batch of a step.
-{ORDER}
-Return the cause and the mend. The check compares loss and gradient, also where logits are large, and runs the
-patient anew with your loss.
-""",
+    statement=statement(
+        EACH_ROW.format("third_patient"),
+        """A linear model learns to sort points into three classes. Thirty steps of health, then nothing more. `ward.batch_of_points(step)`
+gives the batch of a step.""",
+        """The check compares loss and gradient, also where logits are large, and runs the
+patient anew with your loss.""",
+    ),
     hints=[
         "Was anything unusual in the rows of the log before the last? Then look at the last batch.",
         "One point is far away. What are its logits, and what is `softmax` of them, in numbers?",
