@@ -231,7 +231,15 @@ def gguf_chat(server: Any, messages: Sequence[Message], max_new_tokens: int = 12
     """Return the assistant's answer from llama.cpp, sampled as `minimind.chat` samples.
 
     What llama.cpp filters by default beyond that (top-k 40, min-p) is switched off.
+
+    Raises:
+        UserError: llama.cpp gives no answer, or would take a setting for another one (-1 new tokens: no end).
     """
+    if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} at least 0, "
+            f"and top_p={top_p} above 0 and at most 1."
+        )
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0, "min_p": 0}
     ask = {"messages": list(messages), "max_tokens": max_new_tokens, **sampling}
     answer = server.handle_chat_completions(ask)

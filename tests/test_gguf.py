@@ -98,6 +98,16 @@ def test_greedy_chat_is_equal(served, tokenizer):
         assert gguf_chat(server, messages, max_new_tokens=12) == ours
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"temperature": -1.0}, {"top_p": 0.0}],
+)
+def test_settings_without_a_meaning_are_refused(setting, served):
+    (name, value) = next(iter(setting.items()))
+    with pytest.raises(UserError, match=f"{name}={value} "):
+        gguf_chat(served[1], [{"role": "user", "content": "a"}], **setting)
+
+
 def test_nobody_else_can_talk_to_the_server_of_llama_cpp(small_model, tokenizer, tmp_path):
     model = small_model(vocab_size=tokenizer.vocab_size)
     servers = [llama_cpp(model, tokenizer, tmp_path) for _ in range(2)]
