@@ -166,7 +166,7 @@ def test_all_figures_come_to_the_host_in_one_copy():
     watch = Watch()
     for step in range(1, 4):
         named = {name: torch.tensor(step + 0.5) for name in ("loss", "grad_norm", "kl")}
-        watch.pending.append({"step": step, "lr": 1e-3, **named})
+        watch.pending.append({"step": step, "lr": 1e-3, "limit": 100.0, **named})
     with Copies():
         assert watch.look(stage_config("pretrain", device="cpu")) is None
     assert watch.row() == {"loss": 3.5, "lr": 1e-3, "grad_norm": 3.5, "kl": 2.5}

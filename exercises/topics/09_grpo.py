@@ -560,8 +560,8 @@ def last_answer_counts(text, answer):
 
 
 def first_answer_counts(text, answer):
-    """You read the first answer and do not ask what else was written. (So does the package's `exact`: nothing
-    can be won there by a second answer. Here the whole text is to be of the form.)"""
+    """You read the first answer and do not ask what else was written. The package's `exact` does so too, but nothing
+    can be won there by a second answer; here the whole text is to be of the form."""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return float(found is not None and found[1].strip() == answer)
 
