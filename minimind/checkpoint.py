@@ -46,9 +46,8 @@ def write_atomically(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
-        with open(
-            partial, "xb"
-        ) as file:  # a new file: never through a link that somebody put there
+        # "x": a new file, so never through a link that somebody put there.
+        with open(partial, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

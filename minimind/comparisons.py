@@ -244,5 +244,5 @@ BASELINES = {
 BASELINES_TEXT = """Baselines. Bits per byte: a 5-gram model. Facts: the commonest answer. Exact match and persona: the
 answer to the most similar training question. DPO: for preferences the better of "shorter" and "longer", else the value
 before; for KL what the cheapest way to speak so would cost. Reasoning: the same weight trained as long to answer
-without a thought; for SFT's exact match the value before. Distillation: the same student trained as long without a teacher. GRPO and SPO: the commonest result
-of each length; for lengths and KL the value before."""
+without a thought; for SFT's exact match the value before. Distillation: the same student trained as long without a
+teacher. GRPO and SPO: the commonest result of each length; for lengths and KL the value before."""

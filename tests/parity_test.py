@@ -1,6 +1,6 @@
 """The same model everywhere: ours, transformers, the re-imported folder, llama.cpp; and the server under load.
 
-`python tests/parity.py` trains three small models, compares them on 50 held-out questions, and prints the
+`python tests/parity_test.py` trains three small models, compares them on 50 held-out questions, and prints the
 tables of docs/ways_in_and_out.md. Under pytest it is shorter.
 """
 
