@@ -33,6 +33,7 @@ from minimind.errors import UserError
 from minimind.feed import one_ahead, to_device
 from minimind.guard import Interrupted, Signals, Watch, diagnosis, not_finite
 from minimind.model import MiniMind
+from minimind.muon import Muon
 from minimind.precision import autocast
 from minimind.stages import NEEDS, STAGES, TOKENIZERS
 from minimind.stages.pretrain import count_labels
@@ -388,9 +389,8 @@ def pick_device(name: str) -> torch.device:
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW (arXiv 1711.05101); norms and other vectors are not decayed.
 
-    With `optimizer="muon"` the matrices of the blocks get Muon (arXiv 2502.16982) instead, which
-    makes each update orthogonal, scaled to the size of AdamW's so that one learning rate serves
-    both. Embeddings, whose rows are not a linear map, stay with AdamW.
+    With `optimizer="muon"` the matrices of the blocks get Muon instead. Embeddings, whose rows are
+    not a linear map, stay with AdamW.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [
@@ -406,8 +406,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     ]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, config.adam_beta2), fused=True)]
     if muon:
-        scale = "match_rms_adamw"
-        optimizers.append(torch.optim.Muon(hidden, lr=lr, weight_decay=decay, adjust_lr_fn=scale))
+        optimizers.append(Muon(hidden, lr=lr, weight_decay=decay))
     return optimizers
 
 

@@ -46,7 +46,7 @@ def test_importing_minimind_is_quick():
 
 
 ORDER = """
-    errors presets config precision tokenizer data losses feed model distributed lora reader generate checkpoint corpus rewards
+    errors presets config precision muon tokenizer data losses feed model distributed lora reader generate checkpoint corpus rewards
     stages.task stages.common stages.pretrain stages.sft stages.lora stages.dpo stages.reason stages.reward stages.rl
     stages.grpo stages.spo stages.distill stages tracking guard compiling trainer evaluate measures baselines comparisons
     course interop bench gguf scoring serve download cli
