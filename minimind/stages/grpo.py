@@ -23,7 +23,6 @@ from minimind.rewards import Rewards
 from minimind.stages.common import batch_logps, centred, frozen_copy, k3, sequence_mean
 from minimind.stages.rl import (
     SAMPLES_EVERY,
-    Answers,
     add_logps,
     make_reward,
     print_sample,
@@ -31,7 +30,6 @@ from minimind.stages.rl import (
     read_problems,
     sample_answers,
     shared_batches,
-    training_batches,
 )
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -128,7 +126,8 @@ class GRPO:
         """Sample and reward groups of answers; return them, `num_iterations` times, to train on.
 
         With beta = 0 a group of equal rewards has no gradient at all, so it is left out of the
-        training; `share` keeps the mean over all answers what it is, and `other_kl` the logged KL.
+        training, and the advantages of the others shrink by their share: the loss stays the mean
+        over all answers. The KL that is logged is that of the answers trained on.
         """
         config = self.config
         rows = [self.problems[i] for batch in batches for i in batch["row"].tolist()]
@@ -137,17 +136,11 @@ class GRPO:
         )
         advantages = group_advantages(answers.rewards, config.num_generations)
         groups = answers.rewards.view(-1, config.num_generations)
-        dead = groups.amax(1) == groups.amin(1)
-        kept, other_kl = torch.ones(len(advantages), dtype=torch.bool), 0.0
+        dead, kept = groups.amax(1) == groups.amin(1), None
         if config.beta == 0 and dead.any() and not dead.all():
             kept = ~dead.repeat_interleave(config.num_generations)
-            other_kl = self.kl_of_one_each(model, answers, dead)
-        share = float(kept.float().mean())
-        columns = {
-            "advantages": advantages,
-            "share": torch.full_like(advantages, share),
-            "other_kl": torch.full_like(advantages, (1 - share) * other_kl),
-        }
+            advantages = advantages * kept.float().mean()
+        columns = {"advantages": advantages}
         training = shared_batches(answers, columns, self.tokenizer.pad_id, kept)
         add_logps("ref_logps", self.reference, training, config)
         if config.num_iterations > 1:
@@ -155,19 +148,6 @@ class GRPO:
         print_sample(answers, step, every=SAMPLES_EVERY * config.log_interval)
         figures = {**answers.figures(), "dead_groups": float(dead.float().mean())}
         return [training] * config.num_iterations, figures
-
-    def kl_of_one_each(self, model: nn.Module, answers: Answers, groups: Tensor) -> float:
-        """Return the mean k3 to the reference of the first answer of each of the `groups` (P,) bool.
-
-        One is enough: the answers of a group with equal rewards are mostly the same.
-        """
-        size = self.config.num_generations
-        firsts = groups.repeat_interleave(size) & (torch.arange(len(groups) * size) % size == 0)
-        (batch,) = training_batches(answers, {}, self.tokenizer.pad_id, firsts, len(groups))
-        add_logps("ref_logps", self.reference, [batch], self.config)
-        add_logps("logps", model, [batch], self.config)
-        kl = k3(batch["logps"], batch["ref_logps"]).cpu()
-        return float(sequence_mean(kl, batch["labels"][:, 1:] != IGNORED))
 
     def count(self, batch: Batch) -> int:
         """Return the number of answers in the batch."""
@@ -183,9 +163,7 @@ class GRPO:
             logps, batch.get("old_logps", logps.detach()), batch["ref_logps"], batch["advantages"],
             batch["labels"][:, 1:] != IGNORED, self.config.beta, self.config.clip_eps, self.config.policy_loss,
         )  # fmt: skip
-        share = batch["share"][0]
-        metrics["kl"] = metrics["kl"] * share + batch["other_kl"][0]
-        return loss * share + model.router_loss, metrics
+        return loss + model.router_loss, metrics
 
 
 def grpo_task(config: GRPOConfig, model: nn.Module, tokenizer: Tokenizer) -> Task:
