@@ -24,6 +24,7 @@ from minimind.reader import Reader, compiled_read
 from minimind.tokenizer import Message, Tokenizer
 
 ASK_EVERY = 16  # steps of compiled sampling between two looks whether all rows have ended
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1: times any x it stays below x
 Shape = Callable[[Tensor], Tensor]  # logits (B, V) to the distribution that is sampled (B, V)
 Step = tuple[Tensor, Tensor, Tensor]
 
@@ -70,9 +71,11 @@ def next_token_probabilities(
         top_p: keep the smallest set of best tokens whose probability reaches top_p (nucleus
             sampling, arXiv 1904.09751). The best token always stays.
     """
+    logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits.float() / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         worst_kept = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < worst_kept, -torch.inf)
@@ -88,10 +91,9 @@ def next_token_probabilities(
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Return one token per row (B,): where the running sum of (B, V) passes uniform (B,) in [0, 1)."""
-    running = probabilities.cumsum(-1, dtype=torch.double)
-    threshold = uniform.double()[:, None] * running[:, -1:]
-    token = torch.searchsorted(running, threshold, right=True)[:, 0]
-    return token.clamp(max=probabilities.shape[-1] - 1)
+    running = probabilities.cumsum(-1)
+    threshold = uniform.clamp(max=BELOW_ONE).to(running.dtype)[:, None] * running[:, -1:]
+    return torch.searchsorted(running, threshold, right=True)[:, 0]
 
 
 def left_pad(

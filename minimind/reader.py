@@ -56,23 +56,36 @@ def turn(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), signed_sin.to(x.dtype))
 
 
+class _Norm:
+    """RMSNorm in four operations: √(sum(x²) + n·eps) is the hypotenuse of ‖x‖ and √(n·eps)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        n = weight.shape[-1]
+        self.gain, self.floor = weight.detach() * n**0.5, weight.new_tensor((n * eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return (x / torch.hypot(length, self.floor)).to(x.dtype) * self.gain
+
+
 class _Layer:
     """One block with q, k, v joined, and gate and up."""
 
     def __init__(self, block: Block, dtype: torch.dtype, rows: int) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.index, self.head_dim = attention.layer, attention.head_dim
-        self.eps = block.input_layernorm.eps
-        self.norm_1 = block.input_layernorm.weight
-        self.norm_2 = block.post_attention_layernorm.weight
+        eps = block.input_layernorm.eps
+        self.norm_1 = _Norm(block.input_layernorm.weight, eps)
+        self.norm_2 = _Norm(block.post_attention_layernorm.weight, eps)
         self.qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], dtype, rows)
         self.out = joined([attention.o_proj], dtype, rows)
         self.heads = attention.q_proj.weight.shape[0] // self.head_dim
         self.kv_heads = attention.k_proj.weight.shape[0] // self.head_dim
         self.qk_norm = None
         if attention.qk_norm:  # a weight for each head: (H + K, D)
-            q, k = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
-            self.qk_norm = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+            q, k = attention.q_norm.weight, attention.k_norm.weight
+            both = torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)])
+            self.qk_norm = _Norm(both, eps)
         self.moe = mlp if isinstance(mlp, MoE) else None
         if not self.moe:
             self.gate_up = joined([mlp.gate_proj, mlp.up_proj], dtype, rows)
@@ -81,17 +94,16 @@ class _Layer:
     def __call__(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache
     ) -> Tensor:
-        B, T, C = x.shape
-        normed = F.rms_norm(x, (C,), self.norm_1, self.eps)
-        qkv = linear(normed, self.qkv).view(B, T, -1, self.head_dim)
+        B, T, _ = x.shape
+        qkv = linear(self.norm_1(x), self.qkv).view(B, T, -1, self.head_dim)
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         if self.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.head_dim,), eps=self.eps) * self.qk_norm
+            qk = self.qk_norm(qk)
         qk = turn(qk, *rotary).transpose(1, 2)  # (B, H + K, T, D)
         q, k = qk.split([self.heads, self.kv_heads], dim=1)
         k, v = cache.append(self.index, k, v.transpose(1, 2))
         x = x + linear(attend(q, k, v, mask), self.out)
-        normed = F.rms_norm(x, (C,), self.norm_2, self.eps)
+        normed = self.norm_2(x)
         if self.moe:
             return x + self.moe(normed)
         gate, up = linear(normed, self.gate_up).chunk(2, dim=-1)
@@ -107,7 +119,7 @@ class Reader:
 
     def __init__(self, model: MiniMind, dtype: torch.dtype, rows: int = 0) -> None:
         inner = model.model
-        self.embedding, self.norm = inner.embed_tokens, inner.norm
+        self.embedding, self.norm = inner.embed_tokens, _Norm(inner.norm.weight, inner.norm.eps)
         self.frequencies, self.rope_scale = inner.frequencies, inner.rope_scale
         ones = torch.ones_like(self.frequencies)
         self.signs = torch.cat([-ones, ones])  # of sin in (-x_{i+D/2}, x_i)
