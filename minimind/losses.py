@@ -19,6 +19,14 @@ ONE_CHUNK = 2**23  # logits that are held at once in float32: 32 MiB
 SMALL = 6 * 2**20  # a batch with so few, such as the course's, is computed as a whole
 
 
+def next_labels(labels: Tensor) -> Tensor:
+    """Return for every position of (B, T) the label it is to predict: the next one; -100 at the end.
+
+    So the logits need not be cut to T-1, which would copy them all, and their gradient.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Return ln p(label[t+1] | tokens up to t) in float32, (B, T-1); 0 where the label is -100.
 
@@ -26,10 +34,10 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, T, V).
         labels: (B, T), aligned with the input ids; the shift by one happens here.
     """
-    predictions = logits[:, :-1].flatten(0, 1).float()  # (B·(T-1), V)
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(predictions, targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return -nll.view(targets.shape)
+    nll = F.cross_entropy(
+        logits.flatten(0, 1).float(), next_labels(labels).flatten(), ignore_index=IGNORED, reduction="none"
+    )  # fmt: skip
+    return -nll.view(labels.shape)[:, :-1]
 
 
 def labelled_places(labels: Tensor) -> Tensor:

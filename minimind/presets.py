@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, dict]] = {
         "lora": dict(_COURSE, **_LORA, learning_rate=3e-3, epochs=4, batch_size=32),
         "dpo": dict(_COURSE, learning_rate=8e-5, epochs=1, batch_size=16, sft_coef=1.0),
         "reward": dict(_COURSE, learning_rate=3e-4, epochs=1, batch_size=16),
-        "reason": dict(_COURSE, learning_rate=1e-3, epochs=1, batch_size=32),
+        "reason": dict(_COURSE, learning_rate=1e-3, epochs=2, batch_size=32),
         "grpo": dict(_COURSE, learning_rate=1e-4, epochs=0.5, batch_size=16, max_new_tokens=80, beta=0.0),
         "spo": dict(_COURSE, learning_rate=1e-4, epochs=2, batch_size=128, accumulation_steps=1,
                     max_new_tokens=80, d_half=2e-4),

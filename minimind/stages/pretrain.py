@@ -20,7 +20,7 @@ from minimind.config import TrainConfig
 from minimind.corpus import own_tokenizer, read_tokens
 from minimind.data import IGNORED, Batch, PackedTokens, pad_batch
 from minimind.errors import UserError
-from minimind.losses import is_small
+from minimind.losses import is_small, next_labels
 from minimind.stages.common import batch_logps
 from minimind.stages.task import Metrics, Task
 from minimind.tokenizer import Tokenizer
@@ -37,8 +37,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         A scalar in nats; 0 with a gradient if no label is left.
     """
-    predictions = logits[:, :-1].flatten(0, 1).float()  # (B·(T-1), V)
-    targets = labels[:, 1:].flatten()
+    predictions, targets = logits.flatten(0, 1).float(), next_labels(labels).flatten()
     total = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 
