@@ -70,17 +70,23 @@ def course(preset: str = "course", seed: int = 42, out_dir: str | None = None) -
     out_dir = out_dir or stage_config("pretrain", preset).out_dir
     started = time.monotonic()
     report: dict = {"preset": preset, "seed": seed, "total_seconds": 0.0, "stages": []}
+    known: dict = {}
     for stage in STAGES_IN_ORDER:
-        report["stages"].append(run_stage(stage, preset, seed, out_dir))
+        report["stages"].append(run_stage(stage, preset, seed, out_dir, known))
     report["chat"] = sample_chat(out_dir)
     report["total_seconds"] = round(time.monotonic() - started, 1)
     write_report(report, Path(out_dir))
     return report
 
 
-def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
-    """Train a stage, measured before its first step and after its last; return its part of the report."""
+def run_stage(stage: str, preset: str, seed: int, out_dir: str, known: dict | None = None) -> dict:
+    """Train a stage, measured before its first step and after its last; return its part of the report.
+
+    Args:
+        known: what weights were measured at before; GRPO and SPO start from the same one.
+    """
     started = time.monotonic()
+    known, start = {} if known is None else known, (CONFIGS[stage].from_weight, MEASURES[stage])
     run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     limit = limit_of(preset)
     before: dict[str, Measure] = {}
@@ -90,9 +96,11 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str) -> dict:
         nonlocal measuring
         if step == 0:
             began = time.monotonic()
-            tokenizer = starting_tokenizer(stage, stage_config(stage, **run))
-            before.update(MEASURES[stage](model, tokenizer, limit)[0])
-            model.train()
+            if start not in known:
+                tokenizer = starting_tokenizer(stage, stage_config(stage, **run))
+                known[start] = MEASURES[stage](model, tokenizer, limit)[0]
+                model.train()
+            before.update(known[start])
             measuring = time.monotonic() - began
 
     result = train(stage, callback=measure_first, **run)

@@ -1,10 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
 from minimind import MiniMind, ModelConfig, UserError
-from minimind.model import KVCache, RMSNorm
+from minimind.model import KVCache, RMSNorm, attend
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 HUGGING_FACE = {
@@ -143,3 +144,18 @@ def test_every_expert_and_the_router_get_a_gradient(small_model):
 def test_impossible_shapes_are_refused(settings, word):
     with pytest.raises(UserError, match=word):
         ModelConfig(**settings)
+
+
+@pytest.mark.parametrize("length, precision", [(511, torch.float32), (512, torch.bfloat16)])
+def test_long_rows_attend_in_bfloat16_on_a_cpu_and_short_ones_in_float32(
+    length, precision, monkeypatch
+):
+    seen, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *args, **kw: seen.append(q.dtype) or kernel(q, *args, **kw)
+    )  # fmt: skip
+    q, k, v = (torch.randn(1, heads, length, 8).bfloat16() for heads in (2, 1, 1))
+    found = attend(q, k, v, mask=None)
+    expected = attend(q.float(), k.float(), v.float(), mask=None)
+    assert seen[0] == precision and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
