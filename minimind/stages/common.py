@@ -48,7 +48,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     eq. 4).
     """
     difference = ref_logps - logps
-    return difference.exp() - difference - 1
+    return (difference.expm1() - difference).clamp(min=0)  # as exp - 1 it would be rounding noise
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

@@ -187,6 +187,16 @@ def test_kl_pulls_towards_the_reference_from_both_sides():
         )
 
 
+def test_k3_is_never_negative_and_exact_where_the_two_are_near():
+    """e^d - d - 1 in float32 is rounding noise of either sign for d below a thousandth."""
+    logps = -torch.rand(100_000) * 3
+    difference = torch.randn(100_000) * 1e-4
+    found = k3(logps, logps + difference)
+    moved = (logps + difference).double() - logps.double()
+    assert found.min() >= 0
+    torch.testing.assert_close(found.double(), torch.expm1(moved) - moved, atol=1e-11, rtol=1e-3)
+
+
 def test_k3_is_the_kl_on_average():
     policy, reference = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
     estimates = k3(policy.log(), reference.log())
