@@ -86,7 +86,8 @@ def run_stage(stage: str, preset: str, seed: int, out_dir: str, known: dict | No
         known: what weights were measured at before; GRPO and SPO start from the same one.
     """
     started = time.monotonic()
-    known, start = {} if known is None else known, (CONFIGS[stage].from_weight, MEASURES[stage])
+    known = {} if known is None else known
+    start = CONFIGS[stage].from_weight, MEASURES[stage]
     run = {"preset": preset, "seed": seed, "out_dir": out_dir}
     limit = limit_of(preset)
     before: dict[str, Measure] = {}

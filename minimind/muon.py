@@ -22,8 +22,9 @@ def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
     """Return about U·Vᵀ for a matrix U·S·Vᵀ (m, n): every direction as strong as every other.
 
     Newton-Schulz: with X = matrix / ‖matrix‖, repeat X ← a·X + b·(X·Xᵀ)·X + c·(X·Xᵀ)²·X, which
-    leaves U and V alone and applies a·s + b·s³ + c·s⁵ to each singular value s. They end between
-    0.7 and 1.2, near enough for a step. No decomposition is needed, only products of matrices.
+    leaves U and V alone and applies a·s + b·s³ + c·s⁵ to each singular value s. After five rounds
+    those from 0.003 to 1 lie between 0.68 and 1.21, near enough for a step. No decomposition is
+    needed, only products of matrices.
     """
     a, b, c = QUINTIC
     x = matrix.to(pick_dtype("auto", matrix.device))

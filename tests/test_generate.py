@@ -87,6 +87,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(small_model):
         generate(small_model(max_position_embeddings=16), [[1] * 10], 7)
 
 
+@pytest.mark.parametrize("size", [1.0, 0.7, 1 + 2**-23, 1 / 3])
+def test_no_token_without_probability_is_sampled_at_the_edges(size):
+    probabilities = torch.tensor([[0.0, size / 2, size / 2, 0.0]] * 2)
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.double)
+    assert sample(probabilities, edges).tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     "change, words",
     [({"max_new_tokens": 0}, "max_new_tokens=0"), ({"seed": -1}, "seed=-1"), ({"top_p": 0.0}, r"top_p=0\.0"),
